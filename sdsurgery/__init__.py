@@ -1,0 +1,13 @@
+"""Checkpoint surgery for Stable Diffusion.
+
+    import sdsurgery as sd
+    sd.open("anything-v3.ckpt").pipe(sd.FixClip()).save("anything-v3-1.safetensors")
+"""
+
+__version__ = "0.1.0"
+
+from .checkpoint import Change, Checkpoint, Note, Step, Tensor
+from .containers import Saved, open, save  # noqa: A004 - sd.open is the verb
+from .errors import SurgeryError
+
+__all__ = ["Change", "Checkpoint", "Note", "Saved", "Step", "SurgeryError", "Tensor", "open", "save"]

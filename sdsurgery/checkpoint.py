@@ -1,0 +1,246 @@
+"""The checkpoint: an immutable mapping from keys to lazy tensors, with its metadata and its history.
+
+No format and no model is known here. Bytes move only in :func:`sdsurgery.containers.save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from .dtypes import BY_NUMPY, BY_TORCH, DType
+from .sources import CHUNK, Buffer, Computed, Data, FileSlice, InMemory, SourceFile
+
+if TYPE_CHECKING:
+    import os
+
+    import numpy as np
+
+    from .containers.saving import Saved
+
+ChangeKind = Literal["replaced", "renamed", "added", "dropped", "cast", "metadata"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A dtype, a shape, and a way to get the bytes (little-endian, row-major, dense)."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: Data
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in a file."""
+        return self.data.nbytes
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """The bytes in order, in pieces of about ``size``."""
+        return self.data.chunks(size)
+
+    def tobytes(self) -> bytes:
+        """All bytes at once."""
+        return b"".join(self.chunks())
+
+    def numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The values as a NumPy array (types that NumPy lacks come from ``ml_dtypes``)."""
+        import numpy as np
+
+        return np.frombuffer(bytearray(self.tobytes()), dtype=self.dtype.to_numpy()).reshape(self.shape)
+
+    def torch(self) -> Any:
+        """The values as a ``torch.Tensor``.
+
+        Raises:
+            ValueError: If torch has no such type.
+        """
+        import torch
+
+        if self.dtype.torch is None:
+            raise ValueError(f"torch has no type for {self.dtype}")
+        dtype = getattr(torch, self.dtype.torch)
+        if not self.numel:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(self.tobytes()), dtype=dtype).reshape(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+    @classmethod
+    def of(cls, value: Any) -> Tensor:
+        """A tensor of a NumPy array, a ``torch.Tensor`` or a tensor; the bytes are taken when needed."""
+        if isinstance(value, cls):
+            return value
+        if type(value).__module__.partition(".")[0] == "torch":
+            dtype = BY_TORCH[str(value.dtype).removeprefix("torch.")]
+            shape = tuple(value.shape)
+            return cls(dtype, shape, _computed(dtype.nbytes(shape), lambda: _torch_bytes(value)))
+        import numpy as np
+
+        array = np.asarray(value)
+        if array.dtype.name not in BY_NUMPY:
+            raise TypeError(f"no checkpoint holds elements of type {array.dtype}")
+        dtype, shape = BY_NUMPY[array.dtype.name], tuple(array.shape)
+        little = array.dtype.newbyteorder("<")
+        return cls(dtype, shape, _computed(array.nbytes, lambda: array.astype(little, copy=False).tobytes()))
+
+
+def _computed(nbytes: int, whole: Callable[[], bytes]) -> Computed:
+    return Computed(nbytes, lambda size: InMemory(whole()).chunks(size))
+
+
+def _torch_bytes(value: Any) -> bytes:
+    import torch
+
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that an operation did.
+
+    Attributes:
+        key: The key in the result; in the input for what was dropped.
+        kind: What was done.
+        before: What stood there, in words (a renamed tensor: its old key); ``None`` for what was added.
+        after: What stands there now; ``None`` for what was dropped.
+    """
+
+    key: str
+    kind: ChangeKind
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that a person should know; a warning is a finding that was not mended."""
+
+    message: str
+    level: Literal["info", "warning"] = "info"
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A further file that an operation took something from; no path is ever recorded."""
+
+    name: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation as it was applied: what history, ``--dry-run``, the log and the tests all read."""
+
+    operation: str
+    parameters: Mapping[str, Any]
+    changes: tuple[Change, ...] = ()
+    notes: tuple[Note, ...] = ()
+    inputs: tuple[Input, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Something in a file that is no tensor of the state dict, such as an epoch or optimizer state."""
+
+    name: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The file that a checkpoint was opened from."""
+
+    container: str
+    file: SourceFile
+    aside: tuple[Aside, ...] = ()
+    data_offset: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, Tensor]):
+    """An immutable mapping from keys to lazy tensors.
+
+    Attributes:
+        tensors: The mapping itself, in the order of the file.
+        metadata: String metadata as the container holds it.
+        steps: The operations applied since it was opened.
+        origin: The file it was opened from, if any.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Everything that was done since it was opened."""
+        return tuple(change for step in self.steps for change in step.changes)
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Everything that the operations had to say."""
+        return tuple(note for step in self.steps for note in step.notes)
+
+    @property
+    def aside(self) -> tuple[Aside, ...]:
+        """What the file held besides the state dict."""
+        return self.origin.aside if self.origin else ()
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Every file that some tensor's bytes lie in as they are, and the one it was opened from."""
+        files = {t.data.file: None for t in self.tensors.values() if isinstance(t.data, FileSlice)}
+        if self.origin:
+            files[self.origin.file] = None
+        return tuple(files)
+
+    def pipe(self, *operations: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
+        """The checkpoint after these operations, in order; no weight is read before :meth:`save` needs it."""
+        result = self
+        for operation in operations:
+            result = operation(result)
+        return result
+
+    def evolve(self, tensors: Mapping[str, Tensor], step: Step, **changes: Any) -> Checkpoint:
+        """The checkpoint with other tensors, and a step that tells why."""
+        return replace(self, tensors=tensors, steps=(*self.steps, step), **changes)
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> Saved:
+        """Write it; see :func:`sdsurgery.containers.save` for the options."""
+        from .containers import save
+
+        return save(self, path, **options)
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]], metadata: Mapping[str, str] | None = None
+    ) -> Checkpoint:
+        """A checkpoint of NumPy arrays or torch tensors that are in memory."""
+        return cls({key: Tensor.of(value) for key, value in dict(state_dict).items()}, metadata or {})

@@ -1,0 +1,192 @@
+"""The safetensors container: an 8 byte length, a JSON header, and the tensors' bytes without a gap.
+
+Reading is at least as strict as the reference library (0.8): whatever it refuses is refused here. Writing gives
+the reference library's own bytes, with metadata keys sorted, which that library leaves to chance.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ..checkpoint import Checkpoint, Origin, Tensor
+from ..dtypes import BY_NAME, SAFETENSORS_RANK
+from ..errors import CorruptError, UnsupportedError
+from ..sources import FileSlice, SourceFile
+
+NAME = "safetensors"
+
+MAX_HEADER = 100_000_000
+"""Bytes of the longest header that the reference library reads."""
+
+METADATA_KEY = "__metadata__"
+_USIZE = 1 << 64
+_REDOWNLOAD = "download or copy it again; if it was made by a script, mend the script"
+
+
+def looks_like(head: bytes) -> bool:
+    """Whether a file that begins with these (at least nine) bytes is meant to be safetensors."""
+    return len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 40
+
+
+def read(file: SourceFile) -> Checkpoint:
+    """Read the header; the tensors are slices of the file.
+
+    Raises:
+        CorruptError: If the header can't be read or contradicts the file.
+    """
+    length = header_length(file)
+    entries = _parse(file, file.read(8, length))
+    metadata = _metadata(file, entries.pop(METADATA_KEY, None))
+    start = 8 + length
+    tensors = {key: _tensor(file, key, entry, start) for key, entry in entries.items()}
+    _check_coverage(file, tensors, start)
+    return Checkpoint(tensors, metadata, origin=Origin(NAME, file, data_offset=start))
+
+
+def header_length(file: SourceFile) -> int:
+    """The length that the first eight bytes state, checked against the file's own."""
+    if file.size < 8:
+        raise _corrupt(file, f"only {file.size} bytes long, too short for a safetensors header")
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    if length > MAX_HEADER:
+        raise _corrupt(file, f"its header claims {length} bytes, more than the {MAX_HEADER} that are allowed")
+    if length > file.size - 8:
+        raise _corrupt(file, f"truncated: its header claims {length} bytes and {file.size - 8} are left")
+    return int(length)
+
+
+def _corrupt(file: SourceFile, message: str, key: str | None = None) -> CorruptError:
+    return CorruptError(message, file=file.path, key=key, remedy=_REDOWNLOAD)
+
+
+def _parse(file: SourceFile, raw: bytes) -> dict[str, Any]:
+    if raw[:1] != b"{":
+        raise _corrupt(file, "its header doesn't begin with '{'")
+    try:
+        entries = json.loads(
+            raw.decode(), object_pairs_hook=_no_duplicates, parse_int=_natural, parse_constant=_no_constant
+        )
+        "".join(entries).encode()
+    except RecursionError as error:
+        raise _corrupt(file, "its header nests too deeply") from error
+    except ValueError as error:
+        raise _corrupt(file, f"its header isn't valid: {error}") from error
+    return dict(entries)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} stands there twice")
+    return result
+
+
+def _natural(text: str) -> int:
+    if text.startswith("-") or len(text) > 20:
+        raise ValueError(f"{text[:24]} is no size or offset")
+    return int(text)
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _metadata(file: SourceFile, value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise _corrupt(file, "its metadata is no map from strings to strings")
+    try:
+        "".join([*value, *value.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise _corrupt(file, f"its metadata isn't valid text: {error}") from error
+    return value
+
+
+def _tensor(file: SourceFile, key: str, entry: Any, start: int) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = BY_NAME[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(type(number) is int for number in (*shape, begin, end)) and SAFETENSORS_RANK[dtype.name] >= 0
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise _corrupt(file, f"the header's entry for {key!r} isn't a dtype, a shape and two offsets", key)
+    size = 1
+    for extent in (*shape, dtype.bits):
+        size *= extent
+        if extent >= _USIZE or size >= _USIZE:
+            raise _corrupt(file, f"the shape of {key!r} overflows", key)
+    if size % 8 or end - begin != size // 8:
+        raise _corrupt(file, f"{key!r} has {end - begin} bytes, but {dtype}{list(shape)} takes {size / 8:g}", key)
+    return Tensor(dtype, shape, FileSlice(file, start + begin, end - begin))
+
+
+def _check_coverage(file: SourceFile, tensors: Mapping[str, Tensor], start: int) -> None:
+    """The tensors must cover the rest of the file exactly: no overlap, no hole, nothing behind the last one."""
+    position = start
+    for offset, nbytes, key in sorted(_slices(tensors)):
+        if offset != position:
+            what = "overlaps the tensor before it" if offset < position else "leaves a hole before it"
+            raise _corrupt(file, f"{key!r} {what}", key)
+        position += nbytes
+    if position != file.size:
+        gap = position - file.size
+        what = f"truncated: {gap} bytes are missing" if gap > 0 else f"{-gap} bytes follow the last tensor"
+        raise _corrupt(file, what)
+
+
+def _slices(tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, int, str]]:
+    for key, tensor in tensors.items():
+        data = tensor.data
+        assert isinstance(data, FileSlice)  # noqa: S101 - what read() made a line above
+        yield data.offset, data.nbytes, key
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The reference library's order: by dtype, the widest first, then by key.
+
+    Raises:
+        UnsupportedError: If a tensor has a type that safetensors can't hold.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.dtype.storable:
+            raise UnsupportedError(
+                f"safetensors can't hold {key!r}, whose elements are {tensor.dtype}",
+                key=key,
+                remedy="write a .ckpt, or leave the tensor out",
+            )
+    return sorted(tensors.items(), key=lambda item: (SAFETENSORS_RANK[item[1].dtype.name], item[0].encode()))
+
+
+def header(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file that holds these tensors in this order, padded to 8 bytes with spaces.
+
+    Raises:
+        UnsupportedError: If a key can't be written.
+    """
+    document: dict[str, Any] = {}
+    if metadata:
+        document[METADATA_KEY] = dict(sorted(metadata.items()))
+    offset = 0
+    for key, tensor in tensors:
+        if key == METADATA_KEY:
+            raise UnsupportedError(f"no tensor can be called {key!r} in safetensors", key=key, remedy="rename it")
+        end = offset + tensor.nbytes
+        document[key] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    try:
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"a key or the metadata isn't valid text: {error}", remedy="rename it") from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise UnsupportedError(
+            f"the header would take {len(text)} bytes, more than the {MAX_HEADER} that readers allow",
+            remedy="shorten the metadata or the keys",
+        )
+    return struct.pack("<Q", len(text)) + text

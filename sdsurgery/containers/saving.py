@@ -1,0 +1,164 @@
+"""The only place where weights move: one pass, bounded memory, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import history
+from ..checkpoint import Change, Checkpoint, Tensor
+from ..errors import OutputExistsError, UsageError
+from ..sources import Data, FileSlice, SourceFile
+from . import safetensors
+from .writing import AtomicFile, Progress
+
+_SUFFIXES = {
+    ".safetensors": safetensors.NAME,
+    ".sft": safetensors.NAME,
+    ".ckpt": "torch-zip",
+    ".pt": "torch-zip",
+    ".pth": "torch-zip",
+    ".bin": "torch-zip",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What :func:`save` wrote.
+
+    Attributes:
+        path: The file.
+        container: Its container.
+        nbytes: Its size.
+        changes: What the container couldn't hold, and metadata that would have been false.
+    """
+
+    path: Path
+    container: str
+    nbytes: int
+    changes: tuple[Change, ...]
+
+
+def container_for(path: str | os.PathLike[str]) -> str:
+    """The container that a file of this name will be.
+
+    Raises:
+        UsageError: If the suffix tells of none.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise UsageError(
+            f"{Path(path).name!r} doesn't say what to write",
+            remedy=f"give it one of the suffixes {', '.join(_SUFFIXES)}",
+        )
+    return _SUFFIXES[suffix]
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    progress: Progress | None = None,
+) -> Saved:
+    """Write a checkpoint, in the container that the name's suffix tells.
+
+    The same checkpoint gives the same bytes on every run. Tensors that no operation touched are copied inside the
+    kernel, adjacent ones in one call. The file appears under its name when it is complete and on the disk, or not
+    at all.
+
+    Args:
+        checkpoint: What to write.
+        path: ``.safetensors`` (or ``.sft``), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` for a torch pickle.
+        force: Replace a file that has this name, unless the checkpoint is read from it.
+        in_place: Replace the very file that the checkpoint was opened from.
+        progress: Told of every byte written.
+
+    Raises:
+        OutputExistsError: If the name is taken and nothing allows to replace it.
+        NoSpaceError: If it doesn't fit.
+        OutputError: If it can't be written.
+    """
+    target, container = Path(path), container_for(path)
+    _refuse_own_source(checkpoint, target, in_place=in_place)
+    dropped, metadata = _metadata(checkpoint, container)
+    if container == safetensors.NAME:
+        ordered = safetensors.in_file_order(checkpoint.tensors)
+        header = safetensors.header(ordered, metadata)
+        expected = len(header) + sum(tensor.nbytes for _, tensor in ordered)
+    else:
+        from . import torch_zip
+
+        expected = torch_zip.size(checkpoint)
+    with AtomicFile(target, replace=force or in_place, size=expected, progress=progress) as out:
+        if container == safetensors.NAME:
+            out.write(header)
+            for run in _runs(tensor for _, tensor in ordered):
+                out.append(run)
+        else:
+            torch_zip.write(checkpoint, metadata, out)
+        for file in checkpoint.files:
+            file.check_unchanged()
+            if os.name == "nt":  # there, an open file can't be replaced
+                file.close()
+    return Saved(target, container, target.stat().st_size, dropped)
+
+
+def _refuse_own_source(checkpoint: Checkpoint, target: Path, *, in_place: bool) -> None:
+    """No file is written over while something is read from it, except the input by ``in_place``."""
+    if not target.exists():
+        return
+    status = target.stat()
+    main = checkpoint.origin.file if checkpoint.origin else None
+    for file in checkpoint.files:
+        if file.identity == (status.st_dev, status.st_ino) and not (in_place and file is main):
+            raise OutputExistsError(
+                "it is one of the inputs",
+                file=target,
+                remedy="use --in-place to replace the model itself" if file is main else "choose another name",
+            )
+
+
+def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...], dict[str, str]]:
+    """The metadata to write, and what can't be carried over."""
+    dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
+    metadata = history.with_history(checkpoint.metadata, checkpoint.steps)
+    if not (container == safetensors.NAME and _keeps_data(checkpoint)):
+        for name in history.HASH_KEYS:
+            if name in metadata:
+                dropped.append(Change(name, "metadata", metadata.pop(name), None))
+    return tuple(dropped), metadata
+
+
+def _keeps_data(checkpoint: Checkpoint) -> bool:
+    """Whether all bytes behind the header will be those of the file it was opened from, in the same order."""
+    origin = checkpoint.origin
+    if origin is None or origin.data_offset is None:
+        return False
+    runs = [run for run in _runs(tensor for _, tensor in safetensors.in_file_order(checkpoint.tensors)) if run.nbytes]
+    return runs == [FileSlice(origin.file, origin.data_offset, origin.file.size - origin.data_offset)]
+
+
+def _runs(tensors: Iterable[Tensor]) -> Iterator[Data]:
+    """The tensors' bytes in order, with slices that follow each other in a file made one."""
+    pending: tuple[SourceFile, int, int] | None = None
+    for tensor in tensors:
+        data = tensor.data
+        if not isinstance(data, FileSlice):
+            if data.nbytes:
+                if pending:
+                    yield FileSlice(*pending)
+                pending = None
+                yield data
+            continue
+        if pending and pending[0] is data.file and pending[1] + pending[2] == data.offset:
+            pending = (data.file, pending[1], pending[2] + data.nbytes)
+        else:
+            if pending:
+                yield FileSlice(*pending)
+            pending = (data.file, data.offset, data.nbytes)
+    if pending:
+        yield FileSlice(*pending)

@@ -1,0 +1,294 @@
+"""Files that appear whole under their name or not at all, and copies that stay inside the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..errors import CorruptError, NoSpaceError, OutputError, OutputExistsError
+from ..sources import Buffer, Data, FileSlice
+
+COPY_CHUNK = 64 << 20
+"""Bytes that one call hands to the kernel: large enough to be fast, small enough for Ctrl-C and progress."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes written since the last call."""
+
+# What copy_file_range answers where it can't copy between these two files at all.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+class AtomicFile:
+    """A file under construction.
+
+    Leaving the ``with`` block in peace flushes it to the disk and gives it its name; leaving it by an exception
+    leaves nothing. Where the system can, the file has no name at all until then, so that not even a kill leaves
+    a trace; elsewhere it is a hidden file in the same folder.
+
+    Args:
+        path: The final name; a link is followed.
+        replace: Whether a file that has this name may be replaced; it gives its permissions on.
+        size: Bytes that will be written, for a look at the free space before the first one.
+        progress: Told of every byte written.
+    """
+
+    def __init__(self, path: Path, *, replace: bool, size: int = 0, progress: Progress | None = None) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._replace = replace
+        self._size = size
+        self._progress = progress or (lambda _: None)
+        self._hidden: Path | None = None
+        self._fd = -1
+        self._written_back = 0
+        self.position = 0
+
+    def __enter__(self) -> Self:
+        with _reporting(self.path):
+            self._check_target()
+            try:
+                self._fd = self._create()
+                if self._replace and self.path.exists():
+                    self._take_over_permissions(os.stat(self.path))
+            except BaseException:
+                self._discard()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _reporting(self.path):
+                    flush_to_disk(self._fd)
+                    self._publish()
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Leave nothing but a file that has its final name."""
+        self._close()
+        if self._hidden is not None:
+            self._hidden.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _check_target(self) -> None:
+        if self.path.exists() and not self.path.is_file():
+            raise OutputError("it exists and isn't a regular file", file=self.path, remedy="choose another name")
+        if self.path.exists() and not self._replace:
+            raise _exists(self.path)
+        free = shutil.disk_usage(self.path.parent).free
+        if self._size > free:
+            raise NoSpaceError(
+                f"{self._size:,} bytes are needed and {free:,} are free",
+                file=self.path,
+                remedy="free some space, or write to another disk",
+            )
+
+    def _create(self) -> int:
+        flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+            with contextlib.suppress(OSError):  # the file system has no nameless files: a hidden one does
+                return os.open(self.path.parent, flags | os.O_TMPFILE, 0o666)
+        # Noted before it exists, so that an interrupt between the two leaves nothing behind.
+        self._hidden = self._hidden_name()
+        return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def _hidden_name(self) -> Path:
+        return self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.partial")
+
+    def _take_over_permissions(self, old: os.stat_result) -> None:
+        if hasattr(os, "fchmod"):
+            os.fchmod(self._fd, old.st_mode & 0o7777)
+        if hasattr(os, "fchown"):
+            with contextlib.suppress(PermissionError):  # only root may give files away; others own what they write
+                os.fchown(self._fd, old.st_uid, old.st_gid)
+
+    def _publish(self) -> None:
+        if self._hidden is None and self._replace:
+            self._hidden = self._hidden_name()
+            self._link(f"/proc/self/fd/{self._fd}", self._hidden)
+        if self._replace:
+            self._rename()
+        elif self._hidden is None:
+            self._link(f"/proc/self/fd/{self._fd}", self.path)
+        else:
+            self._rename_to_free_name()
+        _flush_folder(self.path.parent)
+
+    def _link(self, source: str | Path, name: Path) -> None:
+        """Give the file another name; fails, atomically, if that is taken."""
+        folder = os.open(name.parent, os.O_RDONLY)
+        try:
+            os.link(source, name.name, dst_dir_fd=folder)
+        except FileExistsError as error:
+            raise _exists(name) from error
+        finally:
+            os.close(folder)
+
+    def _rename(self) -> None:
+        assert self._hidden is not None  # noqa: S101 - for the type checker
+        self._close()  # Windows renames no open files
+        os.replace(self._hidden, self.path)
+        self._hidden = None
+
+    def _rename_to_free_name(self) -> None:
+        assert self._hidden is not None  # noqa: S101 - for the type checker
+        if os.name != "nt":
+            with contextlib.suppress(PermissionError, NotImplementedError):  # the file system has no hard links
+                self._link(self._hidden, self.path)
+                return
+        if self.path.exists():
+            raise _exists(self.path)
+        self._rename()
+
+    def write(self, content: Buffer) -> int:
+        """Append bytes."""
+        view = memoryview(content).cast("B")
+        with _reporting(self.path):
+            for start in range(0, len(view), COPY_CHUNK):
+                piece = view[start : start + COPY_CHUNK]
+                while piece:
+                    count = os.write(self._fd, piece)
+                    piece = piece[count:]
+                    self._advance(count)
+        return len(view)
+
+    def overwrite(self, offset: int, content: bytes) -> None:
+        """Put other bytes in place of some that were written; the position stays."""
+        with _reporting(self.path):
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            os.write(self._fd, content)
+            os.lseek(self._fd, self.position, os.SEEK_SET)
+
+    def append(self, data: Data) -> None:
+        """Append a tensor's bytes: those that lie in a file are copied inside the kernel."""
+        if isinstance(data, FileSlice):
+            self._copy(data)
+        else:
+            for piece in data.chunks():
+                self.write(piece)
+
+    def stream(self) -> io.BufferedRandom:
+        """A buffered file object over the same file, for libraries that want one; flush it when done."""
+        return io.BufferedRandom(_Raw(self), 1 << 20)
+
+    def _copy(self, data: FileSlice) -> None:
+        offset, left = data.offset, data.nbytes
+        if hasattr(os, "copy_file_range"):
+            source = data.file.fileno()
+            while left:
+                try:
+                    count = os.copy_file_range(source, self._fd, min(left, COPY_CHUNK), offset)
+                except OSError as error:
+                    if error.errno in _NO_KERNEL_COPY:
+                        break
+                    raise _explained(error, self.path) from error
+                if not count:
+                    break
+                offset, left = offset + count, left - count
+                self._advance(count)
+        for piece in FileSlice(data.file, offset, left).chunks():
+            self.write(piece)
+
+    def _advance(self, count: int) -> None:
+        self.position += count
+        self._progress(count)
+        if self.position - self._written_back >= COPY_CHUNK and hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages back without waiting, so that the disk works while the
+            # copy goes on and the flush at the end finds little left to do.
+            os.posix_fadvise(
+                self._fd, self._written_back, self.position - self._written_back, os.POSIX_FADV_DONTNEED
+            )
+            self._written_back = self.position
+
+    @property
+    def descriptor(self) -> int:
+        """The open file descriptor."""
+        return self._fd
+
+
+class _Raw(io.RawIOBase):
+    """The file as a raw stream; :class:`io.BufferedRandom` needs one that reads, writes and seeks."""
+
+    def __init__(self, file: AtomicFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:  # type: ignore[override]
+        content = os.read(self._file.descriptor, len(buffer))
+        memoryview(buffer)[: len(content)] = content
+        return len(content)
+
+    def write(self, content: Buffer) -> int:  # type: ignore[override]
+        return self._file.write(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return os.lseek(self._file.descriptor, offset, whence)
+
+
+def flush_to_disk(fd: int) -> None:
+    """Return when the bytes are on the disk, not merely with the drive (macOS tells the two apart)."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # there, folders can't be opened or flushed
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(fd)
+
+
+def _exists(path: Path) -> OutputExistsError:
+    return OutputExistsError("it exists already", file=path, remedy="use --force, or choose another name with -o")
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turn the system's errors into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise _explained(error, path) from error
+
+
+def _explained(error: OSError, path: Path) -> OutputError | CorruptError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return NoSpaceError(
+            f"writing failed: {error.strerror}", file=path, remedy="free some space, or write to another disk"
+        )
+    if error.errno == errno.ENOENT:
+        return OutputError("there is no such folder", file=path, remedy="make the folder first")
+    return OutputError(f"writing failed: {error.strerror}", file=path, remedy="check the folder's permissions")

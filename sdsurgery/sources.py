@@ -1,0 +1,188 @@
+"""Where the bytes of tensors come from: a slice of a file, memory, or a computation that runs when asked.
+
+Nothing here knows a format. A :class:`SourceFile` is read by position, never mapped, so that resident memory
+stays small and a file that shrinks under us is an error and not a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from .errors import CorruptError, UnreadableError
+
+CHUNK = 4 << 20
+"""Bytes that a chunk holds unless the caller wants another size."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class SourceFile:
+    """A regular file that is read by position and known again if it changes.
+
+    The descriptor is opened at the first read and kept, so a file that is renamed over meanwhile still gives
+    the bytes that were there when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._stat = os.fstat(self.fileno())
+        self.size = self._stat.st_size
+
+    def __repr__(self) -> str:
+        return f"SourceFile({str(self.path)!r}, {self.size} bytes)"
+
+    def fileno(self) -> int:
+        """The open descriptor; opens the file again after :meth:`close`."""
+        with self._lock:
+            if self._fd is None:
+                self._fd = _open_for_reading(self.path)
+            return self._fd
+
+    def close(self) -> None:
+        """Give the descriptor back. A later read opens the file again."""
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: the same for every name and link of one file."""
+        return (self._stat.st_dev, self._stat.st_ino)
+
+    @property
+    def links(self) -> int:
+        """How many names the file has."""
+        return self._stat.st_nlink
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since it was opened, so that no mixture of two states is kept."""
+        now = os.fstat(self.fileno())
+        seen = self._stat
+        if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns) or (
+            (now.st_dev, now.st_ino) != self.identity
+        ):
+            raise CorruptError(
+                "the file changed while it was being read",
+                file=self.path,
+                remedy="wait until whatever writes it has finished, and run this again",
+            )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes at ``offset``."""
+        parts = []
+        while length:
+            part = self._pread(length, offset)
+            if not part:
+                raise CorruptError(
+                    f"the file ends at byte {offset}, {length} bytes early",
+                    file=self.path,
+                    remedy="download or copy it again",
+                )
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        fd = self.fileno()
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(fd, length, offset)
+            with self._lock:
+                os.lseek(fd, offset, os.SEEK_SET)
+                return os.read(fd, length)
+        except OSError as error:
+            raise UnreadableError(
+                f"reading at byte {offset} failed: {error.strerror}", file=self.path, remedy="check the disk"
+            ) from error
+
+
+def _open_for_reading(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as error:
+        raise UnreadableError("there is no such file", file=path, remedy="check the name") from error
+    except OSError as error:
+        raise UnreadableError(
+            f"it can't be opened: {error.strerror}", file=path, remedy="check its permissions"
+        ) from error
+    except ValueError as error:
+        raise UnreadableError(f"not a file name: {error}", remedy="check the name") from error
+    from stat import S_ISREG
+
+    if not S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UnreadableError("it isn't a regular file", file=path, remedy="name a checkpoint file")
+    return fd
+
+
+class Data(Protocol):
+    """Bytes that can be had more than once, piece by piece."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """The bytes in order, in pieces of ``size`` bytes (the last one shorter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """A run of bytes in a file."""
+
+    file: SourceFile
+    offset: int
+    nbytes: int
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """See :meth:`Data.chunks`."""
+        for start in range(0, self.nbytes, size):
+            yield self.file.read(self.offset + start, min(size, self.nbytes - start))
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """Bytes that are at hand."""
+
+    content: Buffer
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return len(self.content)
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """See :meth:`Data.chunks`."""
+        view = memoryview(self.content)
+        for start in range(0, len(view), size):
+            yield view[start : start + size]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Bytes that a function makes anew each time they are asked for, in bounded memory.
+
+    Attributes:
+        nbytes: How many bytes ``produce`` yields in all.
+        produce: Called with the wanted piece size; yields pieces of about that size.
+    """
+
+    nbytes: int
+    produce: Callable[[int], Iterator[Buffer]]
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """See :meth:`Data.chunks`."""
+        return self.produce(size)
