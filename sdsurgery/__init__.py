@@ -1,7 +1,7 @@
 """Checkpoint surgery for Stable Diffusion.
 
-    import sdsurgery as sd
-    sd.open("anything-v3.ckpt").pipe(sd.FixClip()).save("anything-v3-1.safetensors")
+import sdsurgery as sd
+sd.open("anything-v3.ckpt").pipe(sd.FixClip()).save("anything-v3-1.safetensors")
 """
 
 __version__ = "0.1.0"
@@ -9,5 +9,22 @@ __version__ = "0.1.0"
 from .checkpoint import Change, Checkpoint, Note, Step, Tensor
 from .containers import Saved, open, save  # noqa: A004 - sd.open is the verb
 from .errors import SurgeryError
+from .operations import Cast, Extract, FixClip, MergeVae, Prune, Replace
 
-__all__ = ["Change", "Checkpoint", "Note", "Saved", "Step", "SurgeryError", "Tensor", "open", "save"]
+__all__ = [
+    "Cast",
+    "Change",
+    "Checkpoint",
+    "Extract",
+    "FixClip",
+    "MergeVae",
+    "Note",
+    "Prune",
+    "Replace",
+    "Saved",
+    "Step",
+    "SurgeryError",
+    "Tensor",
+    "open",
+    "save",
+]

@@ -142,13 +142,23 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation as it was applied: what history, ``--dry-run``, the log and the tests all read."""
+    """One operation as it was applied: what history, ``--dry-run``, the log and the tests all read.
+
+    Attributes:
+        operation: Its name.
+        parameters: As given; files by their names, without folders.
+        changes: What it did.
+        notes: What it found.
+        inputs: The further files that it took something from.
+        facts: What a later reader of the record may want to know, such as the family a part came from.
+    """
 
     operation: str
     parameters: Mapping[str, Any]
     changes: tuple[Change, ...] = ()
     notes: tuple[Note, ...] = ()
     inputs: tuple[Input, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +250,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]], metadata: Mapping[str, str] | None = None
+        cls,
+        state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        metadata: Mapping[str, str] | None = None,
     ) -> Checkpoint:
         """A checkpoint of NumPy arrays or torch tensors that are in memory."""
         return cls({key: Tensor.of(value) for key, value in dict(state_dict).items()}, metadata or {})

@@ -66,11 +66,13 @@ class DType:
 
         if self.numpy is None:
             raise ValueError(f"NumPy has no type for {self.name}")
-        if self.numpy in _ML_DTYPES:
+        name: Any = self.numpy
+        if name in _ML_DTYPES:
             import ml_dtypes
 
-            return np.dtype(getattr(ml_dtypes, self.numpy))
-        return np.dtype(self.numpy)
+            name = getattr(ml_dtypes, name)
+        dtype: np.dtype[Any] = np.dtype(name)
+        return dtype
 
     def __str__(self) -> str:
         return self.name

@@ -34,7 +34,7 @@ def recorded(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def describe(step: Step) -> dict[str, Any]:
     """One step as the record and the reports show it."""
-    entry: dict[str, Any] = {"operation": step.operation, "parameters": dict(step.parameters)}
+    entry: dict[str, Any] = {"operation": step.operation, "parameters": dict(step.parameters), **step.facts}
     if step.inputs:
         entry["inputs"] = [
             {"name": source.name, **({"sha256": source.sha256} if source.sha256 else {})} for source in step.inputs

@@ -7,8 +7,11 @@ stays small and a file that shrinks under us is an error and not a crash.
 from __future__ import annotations
 
 import os
+import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -120,9 +123,7 @@ def _open_for_reading(path: Path) -> int:
         ) from error
     except ValueError as error:
         raise UnreadableError(f"not a file name: {error}", remedy="check the name") from error
-    from stat import S_ISREG
-
-    if not S_ISREG(os.fstat(fd).st_mode):
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UnreadableError("it isn't a regular file", file=path, remedy="name a checkpoint file")
     return fd
@@ -186,3 +187,13 @@ class Computed:
     def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
         """See :meth:`Data.chunks`."""
         return self.produce(size)
+
+
+def ahead(pieces: Iterable[Buffer], depth: int = 2) -> Iterator[Buffer]:
+    """The same pieces, made by a second thread while the caller uses the ones before."""
+    source = iter(pieces)
+    with ThreadPoolExecutor(1) as worker:
+        waiting: deque[Future[Buffer | None]] = deque(worker.submit(next, source, None) for _ in range(depth))
+        while (piece := waiting.popleft().result()) is not None:
+            waiting.append(worker.submit(next, source, None))
+            yield piece

@@ -14,7 +14,11 @@ from . import safetensors
 # Files that people hand over for a checkpoint, by how they begin, and what to do about it.
 _MISTAKEN = (
     (b"version https://git-lfs", "it is a Git LFS pointer, not the weights", "fetch them: git lfs pull"),
-    (b"<!DOCTYPE", "it is a web page, not a checkpoint", "the download wanted a login or went wrong: try again"),
+    (
+        b"<!DOCTYPE",
+        "it is a web page, not a checkpoint",
+        "the download wanted a login or went wrong: try again",
+    ),
     (b"<html", "it is a web page, not a checkpoint", "the download wanted a login or went wrong: try again"),
     (b"GGUF", "it is a GGUF file", "name a safetensors file or a torch pickle"),
 )

@@ -50,20 +50,21 @@ class Call:
 # Modules and functions that a checkpoint has no honest use for and an attack does: to run commands or code, to
 # reach attributes by name, to load further pickles. Naming one is enough to be refused; all others are inert.
 _HOSTILE_MODULES: Final = frozenset(
-    "os posix nt subprocess _posixsubprocess sys shutil socket _socket runpy pty commands popen2 importlib imp "
-    "pkgutil ctypes _ctypes webbrowser code codeop pdb bdb timeit cProfile profile trace multiprocessing asyncio "
-    "pickle _pickle cPickle dill cloudpickle marshal shelve joblib requests urllib urllib2 http httplib ftplib "
-    "smtplib telnetlib aiohttp ssl pip ensurepip venv distutils setuptools pydoc doctest idlelib lib2to3 winreg "
-    "_winreg _winapi msvcrt".split()
+    "os posix nt subprocess _posixsubprocess sys shutil socket _socket runpy pty commands popen2 "
+    "importlib imp pkgutil ctypes _ctypes webbrowser code codeop pdb bdb timeit cProfile profile trace "
+    "multiprocessing asyncio pickle _pickle cPickle dill cloudpickle marshal shelve joblib requests "
+    "urllib urllib2 http httplib ftplib smtplib telnetlib aiohttp ssl pip ensurepip venv distutils "
+    "setuptools pydoc doctest idlelib lib2to3 winreg _winreg _winapi msvcrt".split()
 )
 _HOSTILE_BUILTINS: Final = frozenset(
-    "eval exec execfile compile open file input getattr setattr delattr __import__ globals locals vars breakpoint "
-    "apply reload".split()
+    "eval exec execfile compile open file input getattr setattr delattr __import__ globals locals vars "
+    "breakpoint apply reload".split()
 )
 _HOSTILE_NAMES: Final = frozenset(
     "operator.attrgetter operator.methodcaller _operator.attrgetter _operator.methodcaller torch.hub.load "
-    "torch.load torch.jit.load torch.serialization.load torch.utils.cpp_extension.load numpy.load numpy.fromfile "
-    "numpy.testing._private.utils.runstring torch.jit.unsupported_tensor_ops.execWrapper site.main".split()
+    "torch.load torch.jit.load torch.serialization.load torch.utils.cpp_extension.load numpy.load "
+    "numpy.fromfile numpy.testing._private.utils.runstring torch.jit.unsupported_tensor_ops.execWrapper "
+    "site.main".split()
 )
 
 
@@ -102,9 +103,7 @@ class Machine:
         persistent: What to make of a persistent id.
     """
 
-    def __init__(
-        self, constructors: Mapping[str, Constructor], persistent: Callable[[Any], Any] | None = None
-    ) -> None:
+    def __init__(self, constructors: Mapping[str, Constructor], persistent: Callable[[Any], Any] | None = None) -> None:
         self._constructors = constructors
         self._persistent = persistent
         self._stack: list[Any] = []

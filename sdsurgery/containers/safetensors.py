@@ -177,7 +177,11 @@ def header(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -
         if key == METADATA_KEY:
             raise UnsupportedError(f"no tensor can be called {key!r} in safetensors", key=key, remedy="rename it")
         end = offset + tensor.nbytes
-        document[key] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        document[key] = {
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     try:
         text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

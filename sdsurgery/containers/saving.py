@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import history
+from .. import history, progress
 from ..checkpoint import Change, Checkpoint, Tensor
 from ..errors import OutputExistsError, UsageError
 from ..sources import Data, FileSlice, SourceFile
 from . import safetensors
-from .writing import AtomicFile, Progress
+from .writing import AtomicFile
 
 _SUFFIXES = {
     ".safetensors": safetensors.NAME,
@@ -62,7 +62,6 @@ def save(
     *,
     force: bool = False,
     in_place: bool = False,
-    progress: Progress | None = None,
 ) -> Saved:
     """Write a checkpoint, in the container that the name's suffix tells.
 
@@ -75,7 +74,6 @@ def save(
         path: ``.safetensors`` (or ``.sft``), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` for a torch pickle.
         force: Replace a file that has this name, unless the checkpoint is read from it.
         in_place: Replace the very file that the checkpoint was opened from.
-        progress: Told of every byte written.
 
     Raises:
         OutputExistsError: If the name is taken and nothing allows to replace it.
@@ -93,7 +91,10 @@ def save(
         from . import torch_zip
 
         expected = torch_zip.size(checkpoint)
-    with AtomicFile(target, replace=force or in_place, size=expected, progress=progress) as out:
+    with (
+        progress.task(f"writing {target.name}", expected) as advance,
+        AtomicFile(target, replace=force or in_place, size=expected, advance=advance) as out,
+    ):
         if container == safetensors.NAME:
             out.write(header)
             for run in _runs(tensor for _, tensor in ordered):
@@ -127,9 +128,8 @@ def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...
     dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
     metadata = history.with_history(checkpoint.metadata, checkpoint.steps)
     if not (container == safetensors.NAME and _keeps_data(checkpoint)):
-        for name in history.HASH_KEYS:
-            if name in metadata:
-                dropped.append(Change(name, "metadata", metadata.pop(name), None))
+        stale = [name for name in history.HASH_KEYS if name in metadata]
+        dropped.extend(Change(name, "metadata", metadata.pop(name), None) for name in stale)
     return tuple(dropped), metadata
 
 

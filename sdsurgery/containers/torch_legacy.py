@@ -48,7 +48,9 @@ def read(file: SourceFile) -> Checkpoint:
     system = torch_pickle.unpickle(stream, file, storages=False)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UnsupportedError(
-            "it was written on a big-endian machine", file=file.path, remedy="save it again on another machine"
+            "it was written on a big-endian machine",
+            file=file.path,
+            remedy="save it again on another machine",
         )
     seen: dict[str, Storage] = {}
     value = torch_pickle.unpickle(stream, file, seen=seen)

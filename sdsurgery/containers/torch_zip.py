@@ -9,8 +9,7 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..checkpoint import Checkpoint, Tensor
 from ..dtypes import BY_NAME, DType
@@ -97,7 +96,7 @@ def _place(file: SourceFile, entry: zipfile.ZipInfo) -> FileSlice:
             remedy="unpack the archive and pack it again without compression (zip -0)",
         )
     end = entry.header_offset + 30
-    if 0 <= entry.header_offset and end <= file.size:
+    if entry.header_offset >= 0 and end <= file.size:
         local = file.read(entry.header_offset, 30)
         start = end + sum(struct.unpack("<HH", local[26:30]))
         if local[:4] == b"PK\x03\x04" and start + entry.file_size <= file.size:
@@ -111,7 +110,9 @@ def _check_byte_order(file: SourceFile, entry: zipfile.ZipInfo | None) -> None:
     where = _place(file, entry)
     if where.nbytes > 16 or file.read(where.offset, where.nbytes) != b"little":
         raise UnsupportedError(
-            "it was written on a big-endian machine", file=file.path, remedy="save it again on another machine"
+            "it was written on a big-endian machine",
+            file=file.path,
+            remedy="save it again on another machine",
         )
 
 
@@ -174,7 +175,9 @@ def _tensor(number: int, key: str, tensor: Tensor) -> bytes:
     storage_type = _STORAGE_NAMES.get(tensor.dtype)
     if tensor.dtype.torch is None:
         raise UnsupportedError(
-            f"torch can't hold {key!r}, whose elements are {tensor.dtype}", key=key, remedy="write a .safetensors"
+            f"torch can't hold {key!r}, whose elements are {tensor.dtype}",
+            key=key,
+            remedy="write a .safetensors",
         )
     untyped = storage_type is None
     kind = b"ctorch.storage\nUntypedStorage\n" if untyped else f"ctorch\n{storage_type}\n".encode()
@@ -194,12 +197,10 @@ def _tensor(number: int, key: str, tensor: Tensor) -> bytes:
     )
 
 
-_STORAGE_NAMES: dict[DType, str] = {
-    BY_NAME[name]: storage for storage, name in torch_pickle.STORAGE_TYPES.items()
-}
+_STORAGE_NAMES: dict[DType, str] = {BY_NAME[name]: storage for storage, name in torch_pickle.STORAGE_TYPES.items()}
 
 
-def _text(value: Any) -> bytes:
+def _text(value: str) -> bytes:
     raw = value.encode("utf-8", "surrogatepass")
     return b"X" + struct.pack("<I", len(raw)) + raw
 
@@ -211,5 +212,5 @@ def _integer(value: int) -> bytes:
     return b"\x8a\x09" + raw
 
 
-def _tuple(values: Any) -> bytes:
+def _tuple(values: Iterable[int]) -> bytes:
     return b"(" + b"".join(map(_integer, values)) + b"t"

@@ -8,19 +8,17 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..errors import CorruptError, NoSpaceError, OutputError, OutputExistsError
-from ..sources import Buffer, Data, FileSlice
+from ..progress import Advance
+from ..sources import Buffer, Computed, Data, FileSlice, ahead
 
 COPY_CHUNK = 64 << 20
 """Bytes that one call hands to the kernel: large enough to be fast, small enough for Ctrl-C and progress."""
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes written since the last call."""
 
 # What copy_file_range answers where it can't copy between these two files at all.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
@@ -37,14 +35,14 @@ class AtomicFile:
         path: The final name; a link is followed.
         replace: Whether a file that has this name may be replaced; it gives its permissions on.
         size: Bytes that will be written, for a look at the free space before the first one.
-        progress: Told of every byte written.
+        advance: Told of every byte written.
     """
 
-    def __init__(self, path: Path, *, replace: bool, size: int = 0, progress: Progress | None = None) -> None:
+    def __init__(self, path: Path, *, replace: bool, size: int, advance: Advance) -> None:
         self.path = Path(os.path.realpath(path))
         self._replace = replace
         self._size = size
-        self._progress = progress or (lambda _: None)
+        self._report = advance
         self._hidden: Path | None = None
         self._fd = -1
         self._written_back = 0
@@ -141,7 +139,7 @@ class AtomicFile:
     def _rename(self) -> None:
         assert self._hidden is not None  # noqa: S101 - for the type checker
         self._close()  # Windows renames no open files
-        os.replace(self._hidden, self.path)
+        self._hidden.replace(self.path)
         self._hidden = None
 
     def _rename_to_free_name(self) -> None:
@@ -178,7 +176,7 @@ class AtomicFile:
         if isinstance(data, FileSlice):
             self._copy(data)
         else:
-            for piece in data.chunks():
+            for piece in ahead(data.chunks()) if isinstance(data, Computed) else data.chunks():
                 self.write(piece)
 
     def stream(self) -> io.BufferedRandom:
@@ -205,13 +203,11 @@ class AtomicFile:
 
     def _advance(self, count: int) -> None:
         self.position += count
-        self._progress(count)
+        self._report(count)
         if self.position - self._written_back >= COPY_CHUNK and hasattr(os, "posix_fadvise"):
             # On Linux this starts writing dirty pages back without waiting, so that the disk works while the
             # copy goes on and the flush at the end finds little left to do.
-            os.posix_fadvise(
-                self._fd, self._written_back, self.position - self._written_back, os.POSIX_FADV_DONTNEED
-            )
+            os.posix_fadvise(self._fd, self._written_back, self.position - self._written_back, os.POSIX_FADV_DONTNEED)
             self._written_back = self.position
 
     @property

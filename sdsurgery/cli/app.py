@@ -1,0 +1,105 @@
+"""The group of commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from .. import __version__
+from ..errors import SurgeryError, UsageError
+from ..operations import OPERATIONS
+from ..reports import documents, terminal
+from .fix_clip import fix_clip_command
+from .inspect import inspect_command
+from .pipe import pipe_command
+from .surgery import surgery_command
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class _TerminatedError(BaseException):
+    """The process was asked to end; what is half written is removed on the way out."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="sdsurgery")
+def sdsurgery() -> None:
+    """Checkpoint surgery for Stable Diffusion: repair, swap, prune, cast and inspect weights.
+
+    The input is never touched without --in-place, and an output appears whole or not at all. Exit codes: 0 done,
+    or yes; 1 the answer is no; 2 wrong usage; 3 an input is at fault; 4 the output can't be written.
+    """
+
+
+sdsurgery.add_command(inspect_command)
+sdsurgery.add_command(fix_clip_command())
+for _operation in OPERATIONS.values():
+    if _operation.name not in sdsurgery.commands:
+        sdsurgery.add_command(surgery_command(_operation))
+sdsurgery.add_command(pipe_command())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; prints every error as one message."""
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = sdsurgery.main(args=list(arguments), prog_name="sdsurgery", standalone_mode=False)
+        sys.stdout.flush()
+    except SurgeryError as error:
+        return _fail(error, as_json=as_json, debug=debug)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return UsageError.exit_code
+    except click.ClickException as error:
+        return _fail(_usage(error), as_json=as_json, debug=debug)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("sdsurgery: interrupted; nothing was written", err=True)
+        return INTERRUPTED
+    except _TerminatedError:
+        return TERMINATED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(_internal(error), as_json=as_json, debug=False)
+    return result if isinstance(result, int) else 0
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
+def _fail(error: SurgeryError, *, as_json: bool, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        click.echo(json.dumps(documents.error(error), indent=2, ensure_ascii=False))
+    else:
+        click.echo(terminal.error(error), err=True)
+    return error.exit_code
+
+
+def _usage(error: click.ClickException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "sdsurgery"
+    return UsageError(error.format_message(), remedy=f"see {command} --help")
+
+
+def _internal(error: Exception) -> SurgeryError:
+    return SurgeryError(
+        f"a fault in sdsurgery itself: {type(error).__name__}: {error}",
+        remedy="run it again with --debug, and report what it prints",
+    )

@@ -1,0 +1,53 @@
+"""inspect: what a file holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..containers import open as open_checkpoint
+from ..inspection import inspect
+from ..reports import documents
+from .common import MODEL, listening
+
+
+@click.command("inspect")
+@MODEL
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option(
+    "--hash", "hashes", is_flag=True, help="Add SHA-256, AutoV1, AutoV2, AutoV3, CRC32 and BLAKE3, in one read."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def inspect_command(
+    model: Path,
+    *,
+    tensors: bool,
+    hashes: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,  # noqa: ARG001 - read by run()
+) -> None:
+    """Tell what a checkpoint holds, from its header.
+
+    Container, layout, family, components and how complete they are, position ids, metadata and history. Without
+    --hash no weight is read.
+    """
+    checkpoint = open_checkpoint(model)
+    found = inspect(checkpoint)
+    computed = None
+    if hashes and checkpoint.origin is not None:
+        from ..inspection.hashes import hash_file
+
+        with listening(quiet=quiet):
+            computed = hash_file(checkpoint.origin)
+    if as_json:
+        document = documents.inspection(found, computed, with_tensors=tensors)
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    from ..reports.inspection import show
+
+    show(found, computed, with_tensors=tensors)

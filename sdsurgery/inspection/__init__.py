@@ -1,0 +1,5 @@
+"""Questions that change nothing."""
+
+from .inspecting import Inspection, inspect
+
+__all__ = ["Inspection", "inspect"]

@@ -1,0 +1,1 @@
+"""What tensors mean: components and their weights, families, position ids."""

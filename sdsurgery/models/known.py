@@ -1,0 +1,93 @@
+"""Files that are known by their published SHA-256, and where a VAE's family can be read off.
+
+The VAEs of SD1, SD2 and SDXL have the same keys and shapes and differ in the scale of their latents, so that a
+wrong one passes every check of names and draws in wrong colours. What tells them apart is where a file came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from .. import history
+from ..checkpoint import Checkpoint
+from ..sources import SourceFile
+from .identify import Model
+
+_ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl-v1": "sdxl"}
+_LATENT_SPACES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl"}
+
+# Elements of the full-size VAE; no other file can be one of the known ones.
+_VAE_PARAMETERS = 83_653_863
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """A published file."""
+
+    name: str
+    sha256: str
+    family: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is known of where a VAE came from; empty strings where nothing is.
+
+    Attributes:
+        family: Of the model it was made for.
+        why: How that is known.
+        sha256: Of its file, where it was computed.
+    """
+
+    family: str = ""
+    why: str = ""
+    sha256: str | None = None
+
+
+@cache
+def _files() -> dict[str, KnownFile]:
+    text = resources.files("sdsurgery.data").joinpath("known_files.json").read_text("utf-8")
+    return {
+        entry["sha256"]: KnownFile(entry["name"], entry["sha256"], entry["family"])
+        for entry in json.loads(text)["files"]
+    }
+
+
+def known_file(sha256: str) -> KnownFile | None:
+    """The published file that has this SHA-256."""
+    return _files().get(sha256)
+
+
+def latent_space(family: str) -> str | None:
+    """``sd`` (scale 0.18215) or ``sdxl`` (0.13025); ``None`` for a family that isn't known."""
+    return next((space for name, space in _LATENT_SPACES.items() if name == family), None)
+
+
+def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
+    """Whose VAE it is, as far as the file tells: by the model around it, by its record, or by its hash."""
+    if model.base_family != "unknown":
+        return Provenance(model.base_family, f"it lies in a model of {model.family}")
+    for step in reversed(history.recorded(checkpoint.metadata)):
+        if step.get("family") in _LATENT_SPACES:
+            return Provenance(step["family"], "its metadata tell where it was extracted from")
+    architecture = checkpoint.metadata.get("modelspec.architecture", "").partition("/")[0]
+    for prefix, family in _ARCHITECTURES.items():
+        if architecture.startswith(prefix):
+            return Provenance(family, f"its metadata say {architecture}")
+    if checkpoint.origin is None or sum(tensor.numel for tensor in checkpoint.values()) < _VAE_PARAMETERS:
+        return Provenance()
+    digest = sha256_of(checkpoint.origin.file)
+    known = known_file(digest)
+    return Provenance(known.family, f"it is {known.name}", digest) if known else Provenance(sha256=digest)
+
+
+def sha256_of(file: SourceFile) -> str:
+    """The SHA-256 of a whole file, in hexadecimal."""
+    digest = hashlib.sha256()
+    for start in range(0, file.size, 1 << 20):
+        digest.update(file.read(start, min(1 << 20, file.size - start)))
+    return digest.hexdigest()

@@ -1,0 +1,14 @@
+"""Operations: checkpoint to checkpoint, each declared once."""
+
+from .base import Operation, Param
+from .cast import Cast
+from .fix_clip import FixClip
+from .grafts import Extract, MergeVae, Replace
+from .prune import Prune
+
+OPERATIONS: dict[str, type[Operation]] = {
+    operation.name: operation for operation in (FixClip, MergeVae, Extract, Replace, Prune, Cast)
+}
+"""Every operation by the name that the command line and the records use."""
+
+__all__ = ["OPERATIONS", "Cast", "Extract", "FixClip", "MergeVae", "Operation", "Param", "Prune", "Replace"]

@@ -1,0 +1,100 @@
+"""What an operation is: a small frozen object that turns a checkpoint into another.
+
+Its fields are declared once, with :class:`Param`; the Python API, the command line and the record in the metadata
+all read that one declaration.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+
+from ..checkpoint import Checkpoint, Input
+from ..containers import open as open_checkpoint
+
+Source = str | os.PathLike[str] | Checkpoint
+"""A further checkpoint: a file's name, or one that is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """How a field of an operation is shown to people.
+
+    Attributes:
+        help: What it means, in a sentence.
+        positional: Whether it stands on the command line without an option's name.
+        flag: The option's name where it isn't the field's own.
+        metavar: What stands for its value in the usage.
+    """
+
+    help: str
+    positional: bool = False
+    flag: str | None = None
+    metavar: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A field of an operation, with its type and how it is shown."""
+
+    field: Field[Any]
+    type: Any
+    param: Param
+
+
+class Operation(ABC):
+    """Base of all operations; calling one with a checkpoint gives another."""
+
+    name: ClassVar[str]
+    label: str = "fixed"
+    """What stands in the name of an output that the user didn't name: ``NAME.fixed.safetensors``."""
+
+    @abstractmethod
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint after this operation; nothing is written, and no weight read that needn't be."""
+
+    @classmethod
+    def declared(cls) -> Iterator[Declared]:
+        """Its fields, in order."""
+        hints = get_type_hints(cls, include_extras=True)
+        for field in fields(cls):  # type: ignore[arg-type]
+            hint = hints[field.name]
+            if get_origin(hint) is Annotated:
+                kind, *extras = get_args(hint)
+                yield Declared(field, kind, next(extra for extra in extras if isinstance(extra, Param)))
+
+    def parameters(self) -> dict[str, Any]:
+        """Its parameters as they are recorded: those that aren't the default, with files by name alone."""
+        recorded: dict[str, Any] = {}
+        for declared in self.declared():
+            value = getattr(self, declared.field.name)
+            if value is declared.field.default or value == declared.field.default:
+                continue
+            flag = (declared.param.flag or declared.field.name).lstrip("-").replace("-", "_")
+            recorded[flag] = _recorded(value)
+        return recorded
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, Checkpoint):
+        return value.origin.file.path.name if value.origin else "in memory"
+    if isinstance(value, os.PathLike):
+        return Path(value).name
+    if isinstance(value, str):
+        return Path(value).name if os.sep in value or "/" in value else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def opened(source: Source) -> Checkpoint:
+    """The checkpoint that a source names."""
+    return source if isinstance(source, Checkpoint) else open_checkpoint(source)
+
+
+def input_record(checkpoint: Checkpoint, sha256: str | None = None) -> tuple[Input, ...]:
+    """How a further file is recorded."""
+    name = checkpoint.origin.file.path.name if checkpoint.origin else "in memory"
+    return (Input(name, sha256),)

@@ -1,0 +1,256 @@
+"""Operations that move whole components between checkpoints: merge-vae, replace, extract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
+from ..dtypes import CAST_TARGETS
+from ..errors import MismatchError, SurgeryError, UnsupportedError, UsageError
+from ..models.components import POSITION_IDS, Component
+from ..models.identify import VAE_PREFIX, Model, identify
+from ..models.known import Provenance, latent_space, provenance_of_vae
+from ..models.walks import UNetConfig
+from .base import Operation, Param, Source, input_record, opened
+from .cast import ComponentName, DTypeName, cast_tensor, check_values
+
+_COMPARE_CHUNK = 256 << 10
+
+
+@dataclass(frozen=True)
+class MergeVae(Operation):
+    """Put another VAE into a model.
+
+    The donor is a VAE file with bare or 'first_stage_model.' keys, or a whole checkpoint, in safetensors or a torch
+    pickle. Exactly the VAE's tensors are replaced, each checked by name and shape; a model without a VAE gets one.
+    What else is in the donor (losses, discriminators, EMA) is ignored.
+    """
+
+    name: ClassVar[str] = "merge-vae"
+
+    vae: Annotated[Source, Param("Where the VAE comes from.", positional=True, metavar="VAE")]
+    dtype: Annotated[DTypeName | None, Param("Cast the VAE to this type. The donor's own is kept unless given.")] = None
+    force: Annotated[bool, Param("Take the VAE even of a family whose latents have another scale.")] = False
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See :class:`MergeVae`."""
+        model, donor = identify(checkpoint), _donor(self.vae, "vae")
+        target = model.components.get("vae") or _place_for_vae(checkpoint, model, donor.part)
+        return _graft(self, checkpoint, model, target, donor)
+
+
+@dataclass(frozen=True)
+class Replace(Operation):
+    """Replace a component by another checkpoint's, each tensor checked by name and shape.
+
+    CLIP's position ids are no weights and stay the model's own: see fix-clip.
+    """
+
+    name: ClassVar[str] = "replace"
+
+    component: Annotated[ComponentName, Param("Which component.")]
+    donor: Annotated[
+        Source,
+        Param("The checkpoint, or the file of that component alone, to take it from.", flag="--from", metavar="FILE"),
+    ]
+    dtype: Annotated[
+        DTypeName | None, Param("Cast the component to this type. The donor's own is kept unless given.")
+    ] = None
+    force: Annotated[bool, Param("Take a VAE even of a family whose latents have another scale.")] = False
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See :class:`Replace`."""
+        model = identify(checkpoint)
+        target = _component(checkpoint, model, self.component)
+        return _graft(self, checkpoint, model, target, _donor(self.donor, self.component))
+
+
+@dataclass(frozen=True)
+class Extract(Operation):
+    """Take components out of a model into a file of their own.
+
+    One component loses the prefix that it has in the model, which is how loaders of single VAEs, UNets and text
+    encoders want it; several keep theirs.
+    """
+
+    name: ClassVar[str] = "extract"
+
+    component: Annotated[tuple[ComponentName, ...], Param("Which component; may be given several times.")]
+    keep_prefix: Annotated[bool, Param("Keep the keys as they are in the model, for one component too.")] = False
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """The components, as they stand in the name of the output."""
+        return "-".join(self.component)
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See :class:`Extract`."""
+        if not self.component:
+            raise UsageError("no component is named", remedy="name one, such as vae")
+        model = identify(checkpoint)
+        parts = [_component(checkpoint, model, name) for name in self.component]
+        prefix = parts[0].prefix if len(parts) == 1 and not self.keep_prefix else ""
+        chosen = {key for part in parts for key in part.all_keys()}
+        tensors: dict[str, Tensor] = {}
+        changes: list[Change] = []
+        for key, tensor in checkpoint.items():
+            new = key.removeprefix(prefix)
+            if key not in chosen:
+                changes.append(Change(key, "dropped", str(tensor)))
+                continue
+            tensors[new] = tensor
+            if new != key:
+                changes.append(Change(new, "renamed", key, new))
+        changes.extend(Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside)
+        facts = {"family": model.base_family} if model.base_family != "unknown" else {}
+        step = Step(self.name, self.parameters(), tuple(changes), facts=facts)
+        return without_aside(checkpoint).evolve(tensors, step)
+
+
+def without_aside(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without what lay beside its state dict."""
+    return replace(checkpoint, origin=replace(checkpoint.origin, aside=()) if checkpoint.origin else None)
+
+
+def _fault(
+    kind: type[SurgeryError], message: str, checkpoint: Checkpoint, remedy: str, key: str | None = None
+) -> SurgeryError:
+    file = checkpoint.origin.file.path if checkpoint.origin else None
+    return kind(message, file=file, key=key, remedy=remedy)
+
+
+def _component(checkpoint: Checkpoint, model: Model, name: str) -> Component:
+    found = model.components.get(name)
+    if found is None or not found.table:
+        there = ", ".join(known for known in model.components if known != "other") or "nothing that is known"
+        message = f"no {name} is in it, but {there}; " + "; ".join(model.evidence)
+        raise _fault(MismatchError, message, checkpoint, "name another file, or see what it holds: sdsurgery inspect")
+    return found
+
+
+@dataclass(frozen=True)
+class _Donor:
+    """The checkpoint that a component is taken from, the component, and where it came from."""
+
+    checkpoint: Checkpoint
+    part: Component
+    origin: Provenance
+
+
+def _donor(source: Source, name: str) -> _Donor:
+    """The donor's component, whole and in shape."""
+    donor = opened(source)
+    model = identify(donor)
+    if model.layout == "diffusers" and name in model.components and not model.components[name].table:
+        message = f"its {name} has diffusers' names, which can't be taken into a single file yet"
+        raise _fault(UnsupportedError, message, donor, "name a single file in ldm's layout")
+    part = _component(donor, model, name)
+    if part.missing:
+        message = f"its {name} lacks {len(part.missing)} of {len(part.table)} weights: {_some(part.missing)}"
+        raise _fault(MismatchError, message, donor, "name a file that has all of them", part.missing[0])
+    wrong = part.misshapen(donor.tensors)
+    if wrong:
+        message = f"its {name} has weights of the wrong shape: " + _some(
+            f"{key} {list(donor[key].shape)} instead of {list(shape)}" for key, shape in wrong.items()
+        )
+        raise _fault(MismatchError, message, donor, "name a file whose component is sound", next(iter(wrong)))
+    return _Donor(donor, part, provenance_of_vae(donor, model) if name == "vae" else Provenance())
+
+
+def _some(items: Iterable[str], most: int = 5) -> str:
+    listed = list(items)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def _place_for_vae(checkpoint: Checkpoint, model: Model, part: Component) -> Component:
+    """Where a single-file model keeps its VAE, for one that has none."""
+    unet = model.components.get("unet")
+    if unet is None or model.layout != "ldm" or not isinstance(unet.config, UNetConfig) or unet.prefix == model.wrapper:
+        message = f"it is no model that could hold a VAE (layout {model.layout}, family {model.family})"
+        raise _fault(MismatchError, message, checkpoint, "name a single-file model")
+    return Component("vae", model.wrapper + VAE_PREFIX, {}, part.table, config=part.config)
+
+
+def _check_latents(model: Model, donor: _Donor, *, force: bool) -> Note:
+    """Refuse a VAE whose latents have another scale; names and shapes can't tell."""
+    ours, theirs = latent_space(model.base_family), latent_space(donor.origin.family)
+    if ours is None or theirs is None:
+        what = "the donor's" if theirs is None else "the model's"
+        return Note(f"{what} family isn't known: that the VAE fits is told by names and shapes alone")
+    if ours == theirs:
+        return Note(f"the VAE is of {donor.origin.family}: {donor.origin.why}")
+    message = (
+        f"its VAE is of {donor.origin.family} ({donor.origin.why}), whose latents have another scale than those of "
+        f"{model.family}: every picture would come out wrong"
+    )
+    if not force:
+        remedy = "name a VAE of the model's family, or insist with --force"
+        raise _fault(MismatchError, message, donor.checkpoint, remedy)
+    return Note(message, "warning")
+
+
+def _graft(
+    operation: MergeVae | Replace, checkpoint: Checkpoint, model: Model, target: Component, donor: _Donor
+) -> Checkpoint:
+    """The checkpoint with the donor's weights in the target's place; those that are equal are left alone."""
+    notes = [_check_latents(model, donor, force=operation.force)] if target.name == "vae" else []
+    _check_fit(target, donor)
+    weights = {name: donor.checkpoint[key] for name, key in donor.part.keys.items() if name != POSITION_IDS}
+    if operation.dtype is not None:
+        goal = CAST_TARGETS[operation.dtype]
+        to_cast = {donor.part.keys[name]: tensor for name, tensor in weights.items() if tensor.dtype is not goal}
+        notes.extend(check_values(to_cast, goal, "refuse", donor.checkpoint))
+        weights = {name: cast_tensor(tensor, goal) for name, tensor in weights.items()}
+    tensors, changes = dict(checkpoint), []
+    for name, tensor in weights.items():
+        key = target.keys.get(name, target.prefix + name)
+        old = checkpoint.get(key)
+        if old is None:
+            changes.append(Change(key, "added", None, str(tensor)))
+        elif not same_bytes(old, tensor):
+            changes.append(Change(key, "replaced", str(old), str(tensor)))
+        else:
+            continue
+        tensors[key] = tensor
+    if not changes:
+        notes.append(Note(f"the {target.name} is this one already"))
+    parameters = {name: value for name, value in operation.parameters().items() if name != "force"}
+    inputs = input_record(donor.checkpoint, donor.origin.sha256)
+    return checkpoint.evolve(tensors, Step(operation.name, parameters, tuple(changes), tuple(notes), inputs))
+
+
+def _check_fit(target: Component, donor: _Donor) -> None:
+    """Every weight of the donor's component must have the target's name and shape."""
+    part = donor.part
+    needed = {name for name, weight in part.table.items() if not weight.optional}
+    expected = {name for name, weight in target.table.items() if not weight.optional}
+    if type(part.config) is not type(target.config) or needed != expected:
+        message = f"its {part.name} has another structure than the model's"
+        first = next(iter(sorted(needed ^ expected)), None)
+        raise _fault(MismatchError, message, donor.checkpoint, "name a file of the model's family", first)
+    wrong = {
+        name: weight.shape
+        for name, weight in target.table.items()
+        # A size of 0 is one that no weight of the model tells.
+        if name in part.keys and 0 not in weight.shape and part.table[name].shape != weight.shape
+    }
+    if wrong:
+        message = f"its {part.name} doesn't fit: " + _some(
+            f"{part.keys[name]} {list(part.table[name].shape)} instead of {list(shape)}"
+            for name, shape in wrong.items()
+        )
+        first = part.keys[next(iter(wrong))]
+        raise _fault(MismatchError, message, donor.checkpoint, "name a file of the model's family and size", first)
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the bit; reads no further than to the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.data == other.data:
+        return True
+    return all(
+        left == right for left, right in zip(one.chunks(_COMPARE_CHUNK), other.chunks(_COMPARE_CHUNK), strict=True)
+    )

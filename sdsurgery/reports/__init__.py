@@ -1,0 +1,1 @@
+"""Plain data rendered: for terminals and as JSON."""

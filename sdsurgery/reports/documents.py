@@ -1,0 +1,80 @@
+"""The JSON documents; ``docs/schemas`` describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Change, Checkpoint
+from ..errors import SurgeryError
+from ..inspection import Inspection
+from ..inspection.hashes import FileHashes
+from ..models.position_ids import Diagnosis
+
+
+def error(failure: SurgeryError) -> dict[str, Any]:
+    """What ``--json`` prints on a failure."""
+    return {"error": failure.as_json()}
+
+
+def written(checkpoint: Checkpoint, output: Path | None, dropped: Iterable[Change], *, dry_run: bool) -> dict[str, Any]:
+    """What a writing command did, or would do."""
+    return {
+        "output": None if output is None else str(output),
+        "dry_run": dry_run,
+        "changed": bool(checkpoint.changes),
+        "changes": [asdict(change) for change in (*checkpoint.changes, *dropped)],
+        "notes": [asdict(note) for note in checkpoint.notes],
+    }
+
+
+def position_ids(diagnosis: Diagnosis) -> dict[str, Any]:
+    """A diagnosis of CLIP-L's position ids."""
+    return {
+        "status": diagnosis.status,
+        "wrong": list(diagnosis.wrong),
+        "dtype": diagnosis.dtype,
+        "key": diagnosis.key,
+    }
+
+
+def inspection(found: Inspection, hashes: FileHashes | None, *, with_tensors: bool) -> dict[str, Any]:
+    """What ``inspect --json`` prints."""
+    document: dict[str, Any] = {
+        "path": found.path,
+        "container": found.container,
+        "layout": found.layout,
+        "family": found.family,
+        "evidence": list(found.evidence),
+        "file_bytes": found.file_bytes,
+        "tensors": len(found.tensors),
+        "parameters": found.parameters,
+        "bytes": found.nbytes,
+        "components": {
+            name: {
+                "tensors": report.tensors,
+                "parameters": report.parameters,
+                "bytes": report.nbytes,
+                "dtypes": dict(report.dtypes),
+                "complete": report.complete,
+                "missing": list(report.missing),
+                "unexpected": list(report.unexpected),
+                "misshapen": {key: list(shape) for key, shape in report.misshapen.items()},
+            }
+            for name, report in found.components.items()
+        },
+        "position_ids": position_ids(found.position_ids),
+        "metadata": dict(found.metadata),
+        "history": found.history,
+        "non_tensors": [asdict(entry) for entry in found.aside],
+    }
+    if hashes is not None:
+        document["hashes"] = asdict(hashes)
+    if with_tensors:
+        document["keys"] = {
+            key: {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "bytes": tensor.nbytes}
+            for key, tensor in found.tensors.items()
+        }
+    return document

@@ -1,0 +1,110 @@
+"""inspect for a person: a few tables, drawn by rich."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..inspection import Inspection
+from ..inspection.hashes import FileHashes
+from .terminal import human_bytes
+
+_SHOWN = 8
+
+
+def show(found: Inspection, hashes: FileHashes | None, *, with_tensors: bool) -> None:
+    """Print an inspection to stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(found.path, style="bold"))
+    console.print(
+        f"{found.container}, {found.layout} layout, family {found.family}: {len(found.tensors):,} tensors, "
+        f"{found.parameters:,} parameters, {human_bytes(found.file_bytes)}"
+    )
+    if found.family == "unknown":
+        for line in found.evidence:
+            console.print(Text(f"  {line}", style="dim"))
+    if found.components:
+        console.print(_components(found))
+    _faults(console, found)
+    console.print(f"position ids: {_position_ids(found)}")
+    _metadata(console, found)
+    if hashes:
+        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+        for name, value in asdict(hashes).items():
+            table.add_row(name, value or "-")
+        console.print(table)
+    if with_tensors:
+        table = Table("key", "dtype", "shape", box=box.SIMPLE, pad_edge=False)
+        for key, tensor in found.tensors.items():
+            table.add_row(Text(key), tensor.dtype.name, " x ".join(map(str, tensor.shape)) or "scalar")
+        console.print(table)
+
+
+def _components(found: Inspection) -> Table:
+    table = Table("component", "tensors", "parameters", "size", "dtypes", "complete", box=box.SIMPLE, pad_edge=False)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for name, report in found.components.items():
+        dtypes = ", ".join(
+            f"{dtype} ({count})" if len(report.dtypes) > 1 else dtype for dtype, count in report.dtypes.items()
+        )
+        faults = [
+            f"{len(items)} {what}"
+            for items, what in (
+                (report.missing, "missing"),
+                (report.misshapen, "misshapen"),
+                (report.unexpected, "unexpected"),
+            )
+            if items
+        ]
+        verdict = Text("yes" if report.complete else "no", style="green" if report.complete else "red")
+        if faults:
+            verdict.append(": " + ", ".join(faults), style="yellow")
+        table.add_row(
+            name, f"{report.tensors:,}", f"{report.parameters:,}", human_bytes(report.nbytes), dtypes, verdict
+        )
+    return table
+
+
+def _faults(console: Console, found: Inspection) -> None:
+    for name, report in found.components.items():
+        for what, keys in (("missing", report.missing), ("unexpected", report.unexpected)):
+            if keys:
+                more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+                console.print(Text(f"{name}, {what}: {', '.join(keys[:_SHOWN])}{more}"))
+        for key, shape in list(report.misshapen.items())[:_SHOWN]:
+            console.print(Text(f"{name}, misshapen: {key} should be {list(shape)}"))
+    if found.aside:
+        listed = ", ".join(f"{entry.name} ({entry.what})" for entry in found.aside[:_SHOWN])
+        more = f" and {len(found.aside) - _SHOWN} more" if len(found.aside) > _SHOWN else ""
+        console.print(Text(f"not tensors: {listed}{more}"))
+
+
+def _position_ids(found: Inspection) -> Text:
+    ids = found.position_ids
+    sound = ids.status in {"ok", "not-applicable"}
+    text = Text(ids.status, style="green" if sound else "red")
+    if ids.dtype and not sound:
+        text.append(f" ({ids.dtype})")
+    if ids.wrong:
+        listed = ", ".join(map(str, ids.wrong[:_SHOWN])) + (", …" if len(ids.wrong) > _SHOWN else "")
+        text.append(f", {len(ids.wrong)} wrong once truncated: {listed}")
+    if not sound:
+        text.append("; mend with: sdsurgery fix-clip")
+    return text
+
+
+def _metadata(console: Console, found: Inspection) -> None:
+    for key, value in found.metadata.items():
+        if key == "sdsurgery":
+            continue
+        shown = value if len(value) <= 100 else value[:99] + "…"
+        console.print(Text(f"metadata {key}: {shown}"))
+    for step in found.history:
+        changes = ", ".join(f"{count} {kind}" for kind, count in step.get("changes", {}).items())
+        given = " ".join(f"{name}={value}" for name, value in step.get("parameters", {}).items())
+        console.print(Text(f"history {step.get('operation')} {given}: {changes}"))

@@ -1,0 +1,74 @@
+"""Lines for a person at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ..checkpoint import Change, Checkpoint, Step
+from ..errors import SurgeryError
+
+_SHOWN = 6
+"""Changes of one kind that are listed before the rest is counted."""
+
+
+def error(failure: SurgeryError) -> str:
+    """One message: what is wrong, with which file and key, and what to do."""
+    remedy = f"\n  {failure.remedy}" if failure.remedy else ""
+    return f"sdsurgery: {failure}{remedy}"
+
+
+def warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    """The findings that were not mended."""
+    for note in checkpoint.notes:
+        if note.level == "warning":
+            yield f"warning: {note.message}"
+
+
+def steps(checkpoint: Checkpoint, dropped: Iterable[Change]) -> Iterator[str]:
+    """What was done, operation by operation."""
+    for step in checkpoint.steps:
+        yield step.operation
+        yield from _step(step)
+    lost = list(dropped)
+    if lost:
+        yield "not carried over"
+        yield from _changes(lost)
+
+
+def _step(step: Step) -> Iterator[str]:
+    for note in step.notes:
+        if note.level == "info":
+            yield f"  {note.message}"
+    yield from _changes(step.changes)
+
+
+def _changes(changes: Iterable[Change]) -> Iterator[str]:
+    by_kind: dict[str, list[Change]] = {}
+    for change in changes:
+        by_kind.setdefault(change.kind, []).append(change)
+    for kind, group in by_kind.items():
+        for change in group[:_SHOWN]:
+            yield f"  {kind:<9} {_change(change)}"
+        if len(group) > _SHOWN:
+            yield f"  {kind:<9} … and {len(group) - _SHOWN} more"
+
+
+def _change(change: Change) -> str:
+    if change.kind == "renamed":
+        return f"{change.before} -> {change.after}"
+    if change.before is None:
+        return f"{change.key}  {change.after}"
+    if change.after is None:
+        return f"{change.key}  {change.before:.100}"
+    if change.before == change.after:
+        return f"{change.key}  {change.after}"
+    return f"{change.key}  {change.before} -> {change.after}"
+
+
+def human_bytes(count: float) -> str:
+    """A size in the units of disks and downloads: powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
