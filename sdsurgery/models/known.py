@@ -20,9 +20,6 @@ from .identify import Model
 _ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl-v1": "sdxl"}
 _LATENT_SPACES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl"}
 
-# Elements of the full-size VAE; no other file can be one of the known ones.
-_VAE_PARAMETERS = 83_653_863
-
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
@@ -30,6 +27,7 @@ class KnownFile:
 
     name: str
     sha256: str
+    size: int
     family: str
 
 
@@ -52,19 +50,21 @@ class Provenance:
 def _files() -> dict[str, KnownFile]:
     text = resources.files("sdsurgery.data").joinpath("known_files.json").read_text("utf-8")
     return {
-        entry["sha256"]: KnownFile(entry["name"], entry["sha256"], entry["family"])
+        entry["sha256"]: KnownFile(entry["name"], entry["sha256"], entry["size"], entry["family"])
         for entry in json.loads(text)["files"]
     }
 
 
-def known_file(sha256: str) -> KnownFile | None:
-    """The published file that has this SHA-256."""
-    return _files().get(sha256)
+def known_file(file: SourceFile) -> KnownFile | None:
+    """The published file that this one is; it is read only if it has the size of one."""
+    if all(file.size != known.size for known in _files().values()):
+        return None
+    return _files().get(sha256_of(file))
 
 
 def latent_space(family: str) -> str | None:
     """``sd`` (scale 0.18215) or ``sdxl`` (0.13025); ``None`` for a family that isn't known."""
-    return next((space for name, space in _LATENT_SPACES.items() if name == family), None)
+    return _LATENT_SPACES.get(family)
 
 
 def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
@@ -78,11 +78,8 @@ def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
     for prefix, family in _ARCHITECTURES.items():
         if architecture.startswith(prefix):
             return Provenance(family, f"its metadata say {architecture}")
-    if checkpoint.origin is None or sum(tensor.numel for tensor in checkpoint.values()) < _VAE_PARAMETERS:
-        return Provenance()
-    digest = sha256_of(checkpoint.origin.file)
-    known = known_file(digest)
-    return Provenance(known.family, f"it is {known.name}", digest) if known else Provenance(sha256=digest)
+    known = known_file(checkpoint.origin.file) if checkpoint.origin else None
+    return Provenance(known.family, f"it is {known.name}", known.sha256) if known else Provenance()
 
 
 def sha256_of(file: SourceFile) -> str:
