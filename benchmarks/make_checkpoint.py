@@ -66,7 +66,7 @@ def main(family: str, dtype: str, output: Path, seed: int, ids: str, only: str |
     key = {"sd1": synthetic.SD1_IDS, "sdxl": synthetic.SDXL_IDS}.get(family)
     if key and not only and ids != "missing":
         right = np.arange(77, dtype=np.int64)[None]
-        wrong = {"merged": synthetic.merged_ids(0.1, "float16"), "wrong-values": right // 2}
+        wrong = {"merged": synthetic.merged_ids(0.1, "float32"), "wrong-values": right // 2}
         tensors[key] = sd.Tensor.of(wrong.get(ids, right))
     sd.Checkpoint(tensors, {"format": "pt"}).save(output, force=True)
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .dtypes import BY_NUMPY, BY_TORCH, DType
-from .sources import CHUNK, Buffer, Computed, Data, FileSlice, InMemory, SourceFile
+from .sources import CHUNK, Buffer, Computed, Data, InMemory, SourceFile
 
 if TYPE_CHECKING:
     import os
@@ -82,8 +82,10 @@ class Tensor:
         if isinstance(value, cls):
             return value
         if type(value).__module__.partition(".")[0] == "torch":
-            dtype = BY_TORCH[str(value.dtype).removeprefix("torch.")]
-            shape = tuple(value.shape)
+            name = str(value.dtype).removeprefix("torch.")
+            if name not in BY_TORCH:
+                raise TypeError(f"no checkpoint holds elements of type {name}")
+            dtype, shape = BY_TORCH[name], tuple(value.shape)
             return cls(dtype, shape, _computed(dtype.nbytes(shape), lambda: _torch_bytes(value)))
         import numpy as np
 
@@ -102,7 +104,9 @@ def _computed(nbytes: int, whole: Callable[[], bytes]) -> Computed:
 def _torch_bytes(value: Any) -> bytes:
     import torch
 
-    flat = value.detach().cpu().contiguous().reshape(-1)
+    dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # A lone element counts as contiguous whatever its stride, but can't be viewed as bytes then.
+    flat = dense.as_strided((dense.numel(),), (1,))
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
@@ -225,8 +229,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """Every file that some tensor's bytes lie in as they are, and the one it was opened from."""
-        files = {t.data.file: None for t in self.tensors.values() if isinstance(t.data, FileSlice)}
+        """Every file that some tensor's bytes are read from, and the one it was opened from."""
+        files = {file: None for tensor in self.tensors.values() for file in tensor.data.files}
         if self.origin:
             files[self.origin.file] = None
         return tuple(files)

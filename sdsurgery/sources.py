@@ -11,7 +11,6 @@ import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,18 +33,22 @@ class SourceFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._fd: int | None = None
-        self._stat = os.fstat(self.fileno())
+        self._fd: int | None = _open_for_reading(self.path)
+        self._stat = os.fstat(self._fd)
         self.size = self._stat.st_size
 
     def __repr__(self) -> str:
         return f"SourceFile({str(self.path)!r}, {self.size} bytes)"
 
     def fileno(self) -> int:
-        """The open descriptor; opens the file again after :meth:`close`."""
+        """The open descriptor; opens the file again after :meth:`close`, if it is still the same."""
         with self._lock:
             if self._fd is None:
-                self._fd = _open_for_reading(self.path)
+                fd = _open_for_reading(self.path)
+                if not self._is_same(os.fstat(fd)):
+                    os.close(fd)
+                    raise self._changed()
+                self._fd = fd
             return self._fd
 
     def close(self) -> None:
@@ -71,16 +74,24 @@ class SourceFile:
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to since it was opened, so that no mixture of two states is kept."""
-        now = os.fstat(self.fileno())
+        if not self._is_same(os.fstat(self.fileno())):
+            raise self._changed()
+
+    def _is_same(self, now: os.stat_result) -> bool:
         seen = self._stat
-        if (now.st_size, now.st_mtime_ns) != (seen.st_size, seen.st_mtime_ns) or (
-            (now.st_dev, now.st_ino) != self.identity
-        ):
-            raise CorruptError(
-                "the file changed while it was being read",
-                file=self.path,
-                remedy="wait until whatever writes it has finished, and run this again",
-            )
+        return (now.st_size, now.st_mtime_ns, now.st_dev, now.st_ino) == (
+            seen.st_size,
+            seen.st_mtime_ns,
+            seen.st_dev,
+            seen.st_ino,
+        )
+
+    def _changed(self) -> CorruptError:
+        return CorruptError(
+            "the file changed since it was opened",
+            file=self.path,
+            remedy="wait until whatever writes it has finished, and run this again",
+        )
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes at ``offset``."""
@@ -136,6 +147,10 @@ class Data(Protocol):
     def nbytes(self) -> int:
         """How many bytes there are."""
 
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Every file that they are read from."""
+
     def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
         """The bytes in order, in pieces of ``size`` bytes (the last one shorter)."""
 
@@ -153,6 +168,11 @@ class FileSlice:
         for start in range(0, self.nbytes, size):
             yield self.file.read(self.offset + start, min(size, self.nbytes - start))
 
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """The file."""
+        return (self.file,)
+
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
@@ -164,6 +184,11 @@ class InMemory:
     def nbytes(self) -> int:
         """How many bytes there are."""
         return len(self.content)
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """None."""
+        return ()
 
     def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
         """See :meth:`Data.chunks`."""
@@ -179,10 +204,12 @@ class Computed:
     Attributes:
         nbytes: How many bytes ``produce`` yields in all.
         produce: Called with the wanted piece size; yields pieces of about that size.
+        files: What it reads from.
     """
 
     nbytes: int
     produce: Callable[[int], Iterator[Buffer]]
+    files: tuple[SourceFile, ...] = ()
 
     def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
         """See :meth:`Data.chunks`."""
@@ -191,6 +218,8 @@ class Computed:
 
 def ahead(pieces: Iterable[Buffer], depth: int = 2) -> Iterator[Buffer]:
     """The same pieces, made by a second thread while the caller uses the ones before."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     source = iter(pieces)
     with ThreadPoolExecutor(1) as worker:
         waiting: deque[Future[Buffer | None]] = deque(worker.submit(next, source, None) for _ in range(depth))

@@ -1,19 +1,24 @@
-"""What the tests share: the fixtures' folder, the command line in this process, and bytes as other libraries see them."""
+"""What the tests share: the fixtures' folder, the command line, and bytes as other libraries see them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import jsonschema
 import numpy as np
 import pytest
 import safetensors
@@ -44,8 +49,22 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """The document on stdout, which must hold nothing else."""
-        return json.loads(self.out)
+        """The document on stdout, which must hold nothing else and be what its schema says."""
+        document = json.loads(self.out)
+        name = next((name for mark, name in _MARKS.items() if mark in document), "written")
+        validator(name).validate(document)
+        return document
+
+
+_MARKS = {"error": "error", "components": "inspect"}
+
+
+@functools.cache
+def validator(name: str) -> jsonschema.Draft202012Validator:
+    """One of the schemas that ``docs`` gives for what ``--json`` prints."""
+    schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
 
 
 def cli(*words: str | os.PathLike[str]) -> Result:
@@ -81,11 +100,22 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+class _Unpickler(pickle.Unpickler):
+    """For fixtures that name classes of packages that aren't here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except ImportError:
+            return type(name, (), {})
+
+
 def raw_pickle(path: str | os.PathLike[str]) -> dict[str, Raw]:
     """All tensors of a torch pickle's state dict as torch sees them."""
     import torch
 
-    value = torch.load(path, weights_only=False)
+    lenient = types.SimpleNamespace(**vars(pickle) | {"Unpickler": _Unpickler})
+    value = torch.load(path, weights_only=False, pickle_module=lenient)
     names = {dtype.torch: dtype.name for dtype in BY_NAME.values()}
     return {
         key: (
@@ -107,9 +137,7 @@ def raw_array(array: np.ndarray[Any, Any], dtype: str) -> Raw:
     return (dtype, array.shape, array.tobytes())
 
 
-def write(
-    path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str] | None = None
-) -> Path:
+def write(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file with the safetensors library."""
     safetensors.numpy.save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     return path
@@ -131,3 +159,11 @@ def outline(shapes: Mapping[str, tuple[int, ...]] | Iterable[tuple[str, tuple[in
 def fixtures() -> Path:
     """The folder of the committed fixtures."""
     return FIXTURES
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """An empty folder in memory where the system has such a thing: for tests that write thousands of files."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)

@@ -319,9 +319,7 @@ def test_ema_names_are_those_that_diffusers_looks_for() -> None:
     }
     with torch.device("meta"):
         model = UNet2DConditionModel(**DIFFUSERS_UNETS["sd1"], **PUBLISHED_UNETS["sd1"], attention_head_dim=8)
-    converted = single_file_utils.convert_ldm_unet_checkpoint(
-        tensors | averaged, dict(model.config), extract_ema=True
-    )
+    converted = single_file_utils.convert_ldm_unet_checkpoint(tensors | averaged, dict(model.config), extract_ema=True)
     assert_none_lost(averaged, converted)
     assert shapes(converted) == theirs(model)
 
@@ -368,7 +366,7 @@ STRUCTURES: list[Config] = [
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=200)
 def test_solve_recovers_the_widths(data: st.DataObject) -> None:
     structure = data.draw(st.sampled_from(STRUCTURES))
     config = widths_of(structure, data.draw)
@@ -387,9 +385,10 @@ def lonely(structure: Config) -> set[str]:
     return {weight for weight, names in tells.items() if any(seen[name] < 10 for name in names)}
 
 
-@given(st.data(), st.randoms(use_true_random=False))
-@settings(max_examples=60)
-def test_solve_is_right_in_spite_of_a_damaged_minority(data: st.DataObject, rng: random.Random) -> None:
+@given(st.data(), st.integers(0, 1 << 64))
+@settings(max_examples=100)
+def test_solve_is_right_in_spite_of_a_damaged_minority(data: st.DataObject, seed: int) -> None:
+    rng = random.Random(seed)  # hypothesis' own randomness is adversarial, and would damage a majority
     structure = data.draw(st.sampled_from(STRUCTURES))
     config = widths_of(structure, data.draw)
     shapes = {weight.name: weight.shape for weight in walk(config)}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import signal
-import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import click
@@ -50,11 +49,9 @@ sdsurgery.add_command(pipe_command())
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code; prints every error as one message."""
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = sdsurgery.main(args=list(arguments), prog_name="sdsurgery", standalone_mode=False)
-        sys.stdout.flush()
+        with _ending_in_order():
+            result = sdsurgery.main(args=list(arguments), prog_name="sdsurgery", standalone_mode=False)
     except SurgeryError as error:
         return _fail(error, as_json=as_json, debug=debug)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -67,15 +64,25 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except _TerminatedError:
         return TERMINATED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _fail(_internal(error), as_json=as_json, debug=False)
     return result if isinstance(result, int) else 0
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Turn the request to end into an exception while a command runs; only the main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if before is not None:  # whoever set it outside of Python can't be put back from here
+            signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
@@ -86,7 +93,7 @@ def _fail(error: SurgeryError, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     if as_json:
-        click.echo(json.dumps(documents.error(error), indent=2, ensure_ascii=False))
+        click.echo(documents.text(documents.error(error)))
     else:
         click.echo(terminal.error(error), err=True)
     return error.exit_code

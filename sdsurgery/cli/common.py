@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,14 +97,19 @@ def write(checkpoint: Checkpoint, options: WriteOptions, default: Path, *, only_
     if not options.dry_run and (changed or options.output is not None or not only_if_changed):
         _refuse_existing(target, options)
         with listening(quiet=options.quiet):
-            if not (options.in_place and patch_in_place(checkpoint)):
+            if not (options.in_place and _only_ids(checkpoint) and patch_in_place(checkpoint)):
                 dropped = save(checkpoint, target, force=options.force, in_place=options.in_place).changes
         written = target
     if options.json:
         document = documents.written(checkpoint, written, dropped, dry_run=options.dry_run)
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(documents.text(document))
     else:
         _print(checkpoint, written, dropped, options, target)
+
+
+def _only_ids(checkpoint: Checkpoint) -> bool:
+    """Whether nothing but position ids was changed, which alone may be patched where they lie."""
+    return all(change.kind == "replaced" and change.key.endswith("position_ids") for change in checkpoint.changes)
 
 
 def _print(

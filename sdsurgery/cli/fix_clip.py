@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..containers import open as open_checkpoint
+from ..errors import UsageError
 from ..models.identify import identify
 from ..models.position_ids import diagnose
 from ..operations import FixClip
@@ -24,6 +24,8 @@ def fix_clip_command() -> click.Command:
 
     @write_options
     def callback(model: Path, options: WriteOptions, check: bool, **values: Any) -> int:
+        if check and (options.output is not None or options.in_place):
+            raise UsageError("--check writes nothing", remedy="leave out --check, or -o and --in-place")
         if check:
             return _check(model, FixClip(**values), options)
         check_target(options, model)
@@ -44,7 +46,7 @@ def _check(model: Path, operation: FixClip, options: WriteOptions) -> int:
             "position_ids": documents.position_ids(diagnosis),
             "sound": sound,
         }
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(documents.text(document))
     else:
         for line in terminal.warnings(fixed):
             click.echo(line, err=True)

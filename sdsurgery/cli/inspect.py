@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -46,7 +45,7 @@ def inspect_command(
             computed = hash_file(checkpoint.origin)
     if as_json:
         document = documents.inspection(found, computed, with_tensors=tensors)
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(documents.text(document))
         return
     from ..reports.inspection import show
 

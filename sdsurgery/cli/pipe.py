@@ -47,7 +47,7 @@ def pipe_command() -> click.Command:
         operations = _operations(context, context.meta["operations"], options)
         check_target(options, model)
         checkpoint = apply(open_checkpoint(model), operations, options)
-        write(checkpoint, options, beside(model, Operation.label), only_if_changed=False)
+        write(checkpoint, options, beside(model, Operation.label), only_if_changed=True)
 
     return pipe
 

@@ -65,9 +65,10 @@ def _decorator(declared: Declared) -> Callable[[Any], Any]:
     flag = param.flag or "--" + name.replace("_", "-")
     if declared.type is bool:
         return click.option(flag, name, is_flag=True, help=param.help)
+    # click takes a default of None for a value that was given.
+    default: dict[str, Any] = {} if required or multiple else {"default": declared.field.default}
     return click.option(
-        flag, name, type=kind, multiple=multiple, required=required, help=param.help, metavar=param.metavar,
-        default=None if required or multiple else declared.field.default,
+        flag, name, type=kind, multiple=multiple, required=required, help=param.help, metavar=param.metavar, **default,
         show_default=declared.field.default if isinstance(declared.field.default, str) else False,
     )  # fmt: skip
 

@@ -42,7 +42,8 @@ def patch_in_place(checkpoint: Checkpoint) -> bool:
         fd = os.open(origin.file.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
         try:
             os.lseek(fd, offset, os.SEEK_SET)
-            os.write(fd, content)
+            while content:
+                content = content[os.write(fd, content) :]
             flush_to_disk(fd)
         finally:
             os.close(fd)

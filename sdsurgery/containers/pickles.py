@@ -8,16 +8,24 @@ it allocate gigabytes.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickletools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from ..errors import HostileError
 
-MAX_OPCODES = 5_000_000
+MAX_OPCODES = 2_000_000
 """A tensor takes about thirty opcodes; nothing honest comes near this."""
+
+# Limits on what one opcode may cost, however little of the file it takes: values are shared by memo, so anything that
+# is copied, hashed or looked through at every use would add up to hours.
+_LONGEST_NAME = 512
+MOST_ARGUMENTS = 16
+_WIDEST_INTEGER = 8 * 255  # bits; what LONG1 can hold
+_LARGEST_INDEX = 1 << 32
 
 
 class PickleError(Exception):
@@ -41,10 +49,16 @@ class Call:
 
     function: Any
     arguments: Any
-    items: list[Any] = field(default_factory=list)
+    items: list[Any] | None = None
+
+    def extend(self, items: Iterable[Any]) -> None:
+        """What the pickle appends to it, or sets in it."""
+        if self.items is None:
+            self.items = []
+        self.items.extend(items)
 
     def __str__(self) -> str:
-        return f"{self.function}"
+        return str(self.function) if isinstance(self.function, Global | str) else type(self.function).__name__
 
 
 # Modules and functions that a checkpoint has no honest use for and an attack does: to run commands or code, to
@@ -54,7 +68,8 @@ _HOSTILE_MODULES: Final = frozenset(
     "importlib imp pkgutil ctypes _ctypes webbrowser code codeop pdb bdb timeit cProfile profile trace "
     "multiprocessing asyncio pickle _pickle cPickle dill cloudpickle marshal shelve joblib requests "
     "urllib urllib2 http httplib ftplib smtplib telnetlib aiohttp ssl pip ensurepip venv distutils "
-    "setuptools pydoc doctest idlelib lib2to3 winreg _winreg _winapi msvcrt".split()
+    "setuptools pydoc doctest idlelib lib2to3 winreg _winreg _winapi msvcrt zipimport _frozen_importlib "
+    "_frozen_importlib_external _osx_support".split()
 )
 _HOSTILE_BUILTINS: Final = frozenset(
     "eval exec execfile compile open file input getattr setattr delattr __import__ globals locals vars "
@@ -64,10 +79,13 @@ _HOSTILE_NAMES: Final = frozenset(
     "operator.attrgetter operator.methodcaller _operator.attrgetter _operator.methodcaller torch.hub.load "
     "torch.load torch.jit.load torch.serialization.load torch.utils.cpp_extension.load numpy.load "
     "numpy.fromfile numpy.testing._private.utils.runstring torch.jit.unsupported_tensor_ops.execWrapper "
-    "site.main".split()
+    "torch.utils.collect_env.run io.open io.open_code io.FileIO _io.open _io.open_code _io.FileIO codecs.open "
+    "types.CodeType types.FunctionType site.main numpy.f2py.crackfortran.myeval uuid._get_command_stdout "
+    "numpy.distutils.exec_command.exec_command concurrent.futures.ProcessPoolExecutor".split()
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def is_hostile(reference: Global) -> bool:
     """Whether only an attack needs this name.
 
@@ -80,7 +98,10 @@ def is_hostile(reference: Global) -> bool:
     if parts[0] in _HOSTILE_MODULES or str(reference) in _HOSTILE_NAMES:
         return True
     walked = reference.name.split(".")
-    return len(walked) > 1 and bool({*walked[:-1]} & (_HOSTILE_MODULES | {"__builtins__", "builtins"}))
+    # No honest class is reached by way of a module that only attacks need, or of a name such as __globals__.
+    return len(walked) > 1 and any(
+        part in _HOSTILE_MODULES or part == "builtins" or part.startswith("__") for part in walked
+    )
 
 
 class _Mark:
@@ -88,9 +109,11 @@ class _Mark:
 
 
 _MARK: Final = _Mark()
-# What genops and the steps below raise on opcodes that make no sense.
+_SET: Final = Global("builtins", "set")
+_FROZEN_SET: Final = Global("builtins", "frozenset")
+# What genops and the steps below raise on opcodes that make no sense; a warning is raised where warnings are errors.
 _FAILURES = (
-    PickleError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+    PickleError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, Warning
 )  # fmt: skip
 Constructor = Callable[..., Any]
 
@@ -144,6 +167,8 @@ class Machine:
         if name in _IGNORED:
             return
         if name in _PUSHES_ARGUMENT:
+            if isinstance(argument, int) and argument.bit_length() > _WIDEST_INTEGER:
+                raise PickleError(f"an integer of {argument.bit_length()} bits")
             self._stack.append(argument)
         elif name in _CONSTANTS:
             self._stack.append(_CONSTANTS[name]())
@@ -198,7 +223,7 @@ class Machine:
         self._stack.append(self._pop_to_mark())
 
     def _frozen_set(self, _: Any) -> None:
-        self._stack.append(Call(Global("builtins", "frozenset"), (), self._pop_to_mark()))
+        self._stack.append(Call(_FROZEN_SET, (), self._pop_to_mark()))
 
     def _dict(self, _: Any) -> None:
         pairs = self._pop_to_mark()
@@ -214,10 +239,8 @@ class Machine:
 
     def _extend(self, values: list[Any]) -> None:
         target = self._top()
-        if isinstance(target, list):
+        if isinstance(target, list | Call):
             target.extend(values)
-        elif isinstance(target, Call):
-            target.items.extend(values)
         else:
             raise PickleError("it appends to something that is no list")
 
@@ -237,14 +260,19 @@ class Machine:
             for key, value in zip(pairs[::2], pairs[1::2], strict=True):
                 target[_as_key(key)] = value
         elif isinstance(target, Call):
-            target.items.extend(pairs)
+            target.extend(pairs)
         else:
             raise PickleError("it sets items of something that is no dict")
 
     def _remember(self, index: Any) -> None:
-        self._memo[len(self._memo) if index is None else index] = self._top()
+        place = len(self._memo) if index is None else index
+        if not 0 <= place < _LARGEST_INDEX:
+            raise PickleError("a value is remembered under a number that no pickle uses")
+        self._memo[place] = self._top()
 
     def _recall(self, index: int) -> None:
+        if index not in self._memo:
+            raise PickleError("it recalls a value that it never remembered")
         self._stack.append(self._memo[index])
 
     def _global(self, argument: str) -> None:
@@ -258,6 +286,8 @@ class Machine:
         self._push_global(module, name)
 
     def _push_global(self, module: str, name: str) -> None:
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise PickleError(f"a global's name is {len(module) + len(name)} letters long")
         reference = Global(module, name)
         if is_hostile(reference):
             # Go on for a little: the call that follows tells what it wanted.
@@ -288,15 +318,16 @@ class Machine:
                 self._refuse(function, arguments)
             constructor = self._constructors.get(str(function))
             if constructor is not None:
-                if not isinstance(arguments, tuple):
-                    raise PickleError(f"{function} is called without a tuple of arguments")
+                if not isinstance(arguments, tuple) or len(arguments) > MOST_ARGUMENTS:
+                    raise PickleError(f"{function} is called in a way that torch never does")
                 return constructor(*arguments)
         return Call(function, arguments)
 
     def _build(self, _: Any) -> None:
-        # The state of an object; a dict's state is what torch hangs on a state dict (its _metadata).
+        # The state of an object, which stays inert; a dict's is what torch hangs on a state dict (its _metadata).
         self._pop()
-        self._top()
+        if not isinstance(self._top(), dict | Call):
+            raise PickleError("it sets the state of something that has none")
 
     def _persistent_id(self, argument: Any) -> None:
         self._persist(argument)
@@ -322,7 +353,7 @@ _CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: Call(Global("builtins", "set"), ()),
+    "EMPTY_SET": lambda: Call(_SET, ()),
 }
 _ACTIONS: Final[dict[str, Callable[[Machine, Any], None]]] = {
     "MARK": Machine._mark,
@@ -362,10 +393,13 @@ _ACTIONS: Final[dict[str, Callable[[Machine, Any], None]]] = {
 
 
 def _as_key(key: Any) -> Any:
-    """Keys that hash in constant time; the hash of a nested tuple can be made to take forever or overflow."""
-    if key is None or isinstance(key, str | bytes | int | float):
+    """Keys that hash in constant time, and to values that nobody chose.
+
+    The hash of a nested tuple can be made to take forever or overflow, and wide integers can be chosen to collide.
+    """
+    if key is None or isinstance(key, str | bytes) or (isinstance(key, int) and key.bit_length() < 64):
         return key
-    return Call(type(key).__name__, ())
+    return Call(repr(key) if isinstance(key, int | float) else type(key).__name__, ())
 
 
 def _shortened(arguments: Any) -> str:

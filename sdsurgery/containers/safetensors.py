@@ -23,6 +23,8 @@ MAX_HEADER = 100_000_000
 
 METADATA_KEY = "__metadata__"
 _USIZE = 1 << 64
+_HIGHEST_RANK = 1000
+_MOST_SHOWN = 200
 _REDOWNLOAD = "download or copy it again; if it was made by a script, mend the script"
 
 
@@ -59,15 +61,22 @@ def header_length(file: SourceFile) -> int:
 
 
 def _corrupt(file: SourceFile, message: str, key: str | None = None) -> CorruptError:
-    return CorruptError(message, file=file.path, key=key, remedy=_REDOWNLOAD)
+    return CorruptError(message, file=file.path, key=key and key[:_MOST_SHOWN], remedy=_REDOWNLOAD)
+
+
+def _quoted(key: str) -> str:
+    return repr(key if len(key) <= _MOST_SHOWN else key[:_MOST_SHOWN] + "…")
 
 
 def _parse(file: SourceFile, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise _corrupt(file, "its header doesn't begin with '{'")
+    # A tensor takes three brackets in fifty bytes. More than that is a table of nothing, made to fill the memory.
+    if raw.count(b"[") + raw.count(b"{") > (1 << 20) + len(raw) // 16:
+        raise _corrupt(file, "its header is no table of tensors")
     try:
         entries = json.loads(
-            raw.decode(), object_pairs_hook=_no_duplicates, parse_int=_natural, parse_constant=_no_constant
+            raw.decode(), object_pairs_hook=_no_duplicates, parse_int=_whole, parse_constant=_no_constant
         )
         "".join(entries).encode()
     except RecursionError as error:
@@ -82,12 +91,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} stands there twice")
+        raise ValueError(f"{_quoted(twice)} stands there twice")
     return result
 
 
-def _natural(text: str) -> int:
-    if text.startswith("-") or len(text) > 20:
+def _whole(text: str) -> int:
+    if len(text) > 20:
         raise ValueError(f"{text[:24]} is no size or offset")
     return int(text)
 
@@ -110,19 +119,26 @@ def _metadata(file: SourceFile, value: Any) -> dict[str, str]:
 
 def _tensor(file: SourceFile, key: str, entry: Any, start: int) -> Tensor:
     try:
-        dtype, shape, (begin, end) = BY_NAME[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(number) is int for number in (*shape, begin, end)) and SAFETENSORS_RANK[dtype.name] >= 0
+        dtype, extents, (begin, end) = BY_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        sound = (
+            dtype.storable
+            and isinstance(extents, list)
+            and len(extents) <= _HIGHEST_RANK
+            and all(type(number) is int and number >= 0 for number in (*extents, begin, end))
+        )
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise _corrupt(file, f"the header's entry for {key!r} isn't a dtype, a shape and two offsets", key)
+        raise _corrupt(file, f"the header's entry for {_quoted(key)} isn't a dtype, a shape and two offsets", key)
+    shape = tuple(extents)
     size = 1
     for extent in (*shape, dtype.bits):
         size *= extent
         if extent >= _USIZE or size >= _USIZE:
-            raise _corrupt(file, f"the shape of {key!r} overflows", key)
+            raise _corrupt(file, f"the shape of {_quoted(key)} overflows", key)
     if size % 8 or end - begin != size // 8:
-        raise _corrupt(file, f"{key!r} has {end - begin} bytes, but {dtype}{list(shape)} takes {size / 8:g}", key)
+        shown = list(shape) if len(shape) < 16 else f" of rank {len(shape)}"
+        raise _corrupt(file, f"{_quoted(key)} has {end - begin} bytes, but {dtype}{shown} takes {size / 8:g}", key)
     return Tensor(dtype, shape, FileSlice(file, start + begin, end - begin))
 
 
@@ -132,7 +148,7 @@ def _check_coverage(file: SourceFile, tensors: Mapping[str, Tensor], start: int)
     for offset, nbytes, key in sorted(_slices(tensors)):
         if offset != position:
             what = "overlaps the tensor before it" if offset < position else "leaves a hole before it"
-            raise _corrupt(file, f"{key!r} {what}", key)
+            raise _corrupt(file, f"{_quoted(key)} {what}", key)
         position += nbytes
     if position != file.size:
         gap = position - file.size
@@ -160,7 +176,7 @@ def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
                 key=key,
                 remedy="write a .ckpt, or leave the tensor out",
             )
-    return sorted(tensors.items(), key=lambda item: (SAFETENSORS_RANK[item[1].dtype.name], item[0].encode()))
+    return sorted(tensors.items(), key=lambda item: (SAFETENSORS_RANK[item[1].dtype.name], item[0]))
 
 
 def header(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:

@@ -80,8 +80,9 @@ def save(
         NoSpaceError: If it doesn't fit.
         OutputError: If it can't be written.
     """
-    target, container = Path(path), container_for(path)
-    _refuse_own_source(checkpoint, target, in_place=in_place)
+    target = Path(path)
+    container = target_container(checkpoint, target, in_place=in_place)
+    check_target(checkpoint, target, force=force, in_place=in_place)
     dropped, metadata = _metadata(checkpoint, container)
     if container == safetensors.NAME:
         ordered = safetensors.in_file_order(checkpoint.tensors)
@@ -90,7 +91,8 @@ def save(
     else:
         from . import torch_zip
 
-        expected = torch_zip.size(checkpoint)
+        index = torch_zip.index(checkpoint, metadata)
+        expected = torch_zip.size(checkpoint, index)
     with (
         progress.task(f"writing {target.name}", expected) as advance,
         AtomicFile(target, replace=force or in_place, size=expected, advance=advance) as out,
@@ -100,7 +102,7 @@ def save(
             for run in _runs(tensor for _, tensor in ordered):
                 out.append(run)
         else:
-            torch_zip.write(checkpoint, metadata, out)
+            torch_zip.write(checkpoint, index, out)
         for file in checkpoint.files:
             file.check_unchanged()
             if os.name == "nt":  # there, an open file can't be replaced
@@ -108,19 +110,36 @@ def save(
     return Saved(target, container, target.stat().st_size, dropped)
 
 
-def _refuse_own_source(checkpoint: Checkpoint, target: Path, *, in_place: bool) -> None:
-    """No file is written over while something is read from it, except the input by ``in_place``."""
+def target_container(checkpoint: Checkpoint, target: Path, *, in_place: bool) -> str:
+    """What will be written: what the name says, or in place what the file was (a legacy pickle becomes a zip)."""
+    if in_place and checkpoint.origin is not None:
+        return safetensors.NAME if checkpoint.origin.container == safetensors.NAME else "torch-zip"
+    return container_for(target)
+
+
+def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place: bool) -> None:
+    """Refuse to write over what mustn't be: anything without ``force``, and an input except by ``in_place``.
+
+    Raises:
+        OutputExistsError: If it is refused.
+    """
     if not target.exists():
         return
     status = target.stat()
     main = checkpoint.origin.file if checkpoint.origin else None
-    for file in checkpoint.files:
-        if file.identity == (status.st_dev, status.st_ino) and not (in_place and file is main):
-            raise OutputExistsError(
-                "it is one of the inputs",
-                file=target,
-                remedy="use --in-place to replace the model itself" if file is main else "choose another name",
-            )
+    is_main = main is not None and main.identity == (status.st_dev, status.st_ino)
+    if is_main and in_place:
+        return
+    if is_main or any(file.identity == (status.st_dev, status.st_ino) for file in checkpoint.files):
+        remedy = "use --in-place to replace the model itself" if is_main else "choose another name"
+        raise OutputExistsError("it is one of the inputs", file=target, remedy=remedy)
+    if not force:
+        raise OutputExistsError("it exists already", file=target, remedy="use --force, or choose another name with -o")
+
+
+def losses(checkpoint: Checkpoint, target: Path, *, in_place: bool = False) -> tuple[Change, ...]:
+    """What saving the checkpoint there would not carry over; see :attr:`Saved.changes`."""
+    return _metadata(checkpoint, target_container(checkpoint, target, in_place=in_place))[0]
 
 
 def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...], dict[str, str]]:

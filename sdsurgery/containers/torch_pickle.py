@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,17 @@ from ..checkpoint import Aside, Checkpoint, Origin, Tensor
 from ..dtypes import BY_NAME, BY_TORCH, DType
 from ..errors import CorruptError, HostileError, UnsupportedError
 from ..sources import Buffer, Computed, FileSlice, InMemory, SourceFile
-from .pickles import Call, Global, Machine, PickleError
+from .pickles import MOST_ARGUMENTS, Call, Global, Machine, PickleError
 
 METADATA_KEY = "metadata"
 """Beside ``state_dict``, in files that sdsurgery writes: the string metadata."""
 
-_MAX_RANK = 64  # NumPy's limit
+_MAX_RANK = 32  # NumPy 1's limit
 _MAX_WRAPPERS = 8
+_MOST_LOOKED_AT = 1_000_000
+_LONGEST_SHOWN = 200
+_MOST_EXPANDED = 64 << 20
+"""Bytes of a tensor that repeats a small storage, as ``expand`` makes it."""
 
 STORAGE_TYPES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -63,8 +67,11 @@ class View:
     stride: tuple[int, ...]
 
 
-def storage_of(identity: Any) -> Storage:
-    """The storage that a persistent id names: ``('storage', type, key, location, numel, ...)``."""
+def storage_of(identity: Any) -> Storage | Call:
+    """The storage that a persistent id names: ``('storage', type, key, location, numel, ...)``.
+
+    Storages of types that no checkpoint holds, such as quantized ones, are inert.
+    """
     if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage"):
         raise PickleError("a persistent id names no storage")
     _, kind, key, _, numel = identity[:5]
@@ -77,21 +84,41 @@ def storage_of(identity: Any) -> Storage:
     if kind.name == "UntypedStorage":
         return Storage(str(key), None, numel)
     if kind.name not in STORAGE_TYPES:
-        raise PickleError(f"storages of type {kind} can't be read")
+        return Call(kind, ())
     return Storage(str(key), BY_NAME[STORAGE_TYPES[kind.name]], numel)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> View:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> View:
+    _refuse_pending(rest[2:])
     return _view(storage, getattr(storage, "dtype", None), offset, shape, stride)
 
 
 def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
 ) -> Any:
+    _refuse_pending(rest)
     name = dtype.name if isinstance(dtype, Global) and dtype.module == "torch" else ""
     if name not in BY_TORCH:
         return Call(Global("torch._utils", "_rebuild_tensor_v3"), (storage, dtype))
     return _view(storage, BY_TORCH[name], offset, shape, stride)
+
+
+def _refuse_pending(metadata: Sequence[Any]) -> None:
+    """Torch may store a tensor with a note that it is yet to be conjugated or negated."""
+    if metadata and metadata[0]:
+        raise UnsupportedError(
+            "one of its tensors is stored with a conjugation or negation pending",
+            remedy="save it again after tensor.resolve_conj().resolve_neg()",
+        )
+
+
+def _rebuild_from_type(function: Any, _type: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor with attributes, or of a subclass: the tensor itself."""
+    constructor = _CONSTRUCTORS.get(str(function)) if isinstance(function, Global) else None
+    sound = isinstance(arguments, tuple) and len(arguments) <= MOST_ARGUMENTS
+    if constructor is None or constructor is _rebuild_from_type or not sound:
+        return Call(function, arguments)
+    return constructor(*arguments)
 
 
 def _view(storage: Any, dtype: DType | None, offset: Any, shape: Any, stride: Any) -> View:
@@ -108,6 +135,9 @@ def _view(storage: Any, dtype: DType | None, offset: Any, shape: Any, stride: An
         raise PickleError(f"a tensor of shape {list(shape)} is larger than anything can hold")
     if math.prod(shape) and (_last_element(view) + 1) * dtype.itemsize > storage.nbytes:
         raise PickleError(f"a tensor of shape {list(shape)} reaches beyond its storage")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > max(_MOST_EXPANDED, 4 * storage.nbytes):
+        raise PickleError(f"a tensor of {nbytes} bytes repeats the {storage.nbytes} of its storage")
     return view
 
 
@@ -121,8 +151,10 @@ def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
     return {}
 
 
-def _size(sizes: Any = (), *_: Any) -> tuple[Any, ...]:
-    return tuple(sizes) if isinstance(sizes, tuple | list) else ()
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    if not (isinstance(sizes, tuple | list) and len(sizes) <= _MAX_RANK):
+        raise PickleError("a shape is made in a way that torch never does")
+    return tuple(sizes)
 
 
 _CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
@@ -132,6 +164,7 @@ _CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": _size,
 }
 
@@ -150,18 +183,23 @@ def unpickle(
     Raises:
         CorruptError: If it can't be run.
         HostileError: If it wants to run something.
+        UnsupportedError: If a tensor is stored in a way that can't be read.
     """
+    known: dict[str, Storage] = {} if seen is None else seen
 
-    def persistent(identity: Any) -> Storage:
+    def persistent(identity: Any) -> Storage | Call:
         storage = storage_of(identity)
-        if seen is not None:
-            seen.setdefault(storage.key, storage)
-        return storage
+        if isinstance(storage, Call):
+            return storage
+        first = known.setdefault(storage.key, storage)
+        if first != storage and (first.nbytes or storage.nbytes):
+            raise PickleError("a storage is described in two ways")
+        return first
 
     try:
         return Machine(_CONSTRUCTORS, persistent if storages else None).run(stream)
-    except HostileError as error:
-        raise HostileError(error.message, file=file.path, remedy=error.remedy) from None
+    except (HostileError, UnsupportedError) as error:
+        raise type(error)(error.message, file=file.path, remedy=error.remedy) from None
     except PickleError as error:
         raise CorruptError(f"its pickle can't be read: {error}", file=file.path, remedy=_REMEDY) from error
 
@@ -178,27 +216,29 @@ def checkpoint_of(value: Any, container: str, file: SourceFile, place: Callable[
     Raises:
         UnsupportedError: If there is no state dict in it.
     """
-    state, aside = _find_state_dict(value, file)
+    state, left = _find_state_dict(value, file)
     tensors: dict[str, Tensor] = {}
     for key, entry in state.items():
         if isinstance(entry, View) and isinstance(key, str):
             tensors[key] = _tensor(entry, place(entry.storage))
         else:
-            aside.append(Aside(str(key), _describe(entry)))
+            left.append((key, entry))
     metadata: dict[str, str] = {}
     if isinstance(value, dict) and state is not value and _is_metadata(value.get(METADATA_KEY)):
         metadata = value[METADATA_KEY]
-        aside = [entry for entry in aside if entry.name != METADATA_KEY]
-    return Checkpoint(tensors, metadata, origin=Origin(container, file, tuple(aside)))
+        left = [(key, entry) for key, entry in left if entry is not metadata]
+    describe = _Describer()
+    aside = tuple(Aside(_shown(key), describe(entry)) for key, entry in left)
+    return Checkpoint(tensors, metadata, origin=Origin(container, file, aside))
 
 
 def _is_metadata(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in (*value, *value.values()))
 
 
-def _find_state_dict(value: Any, file: SourceFile) -> tuple[dict[Any, Any], list[Aside]]:
+def _find_state_dict(value: Any, file: SourceFile) -> tuple[dict[Any, Any], list[tuple[Any, Any]]]:
     """The innermost state dict, and what lay beside the wrappers around it."""
-    aside: list[Aside] = []
+    left: list[tuple[Any, Any]] = []
     for _ in range(_MAX_WRAPPERS):
         if not isinstance(value, dict):
             break
@@ -206,11 +246,11 @@ def _find_state_dict(value: Any, file: SourceFile) -> tuple[dict[Any, Any], list
         if name is None:
             if value and not any(isinstance(entry, View) for entry in value.values()):
                 break
-            return value, aside
-        aside.extend(Aside(str(key), _describe(entry)) for key, entry in value.items() if key != name)
+            return value, left
+        left.extend((key, entry) for key, entry in value.items() if key != name)
         value = value[name]
     raise UnsupportedError(
-        f"there is no state dict in it, but {_describe(value)}",
+        f"there is no state dict in it, but {_Describer()(value)}",
         file=file.path,
         remedy="save the state dict: torch.save(model.state_dict(), ...)",
     )
@@ -222,11 +262,10 @@ def _wrapped(value: dict[Any, Any]) -> Any:
         return "state_dict"
     if any(isinstance(entry, View) for entry in value.values()):
         return None
-    candidates = [
-        key
-        for key, entry in value.items()
-        if isinstance(entry, dict) and any(isinstance(inner, View) for inner in entry.values())
-    ]
+    # One dict may be the value of a million keys: each is looked into once.
+    dicts = {id(entry): entry for entry in value.values() if isinstance(entry, dict)}
+    filled = {name for name, entry in dicts.items() if any(isinstance(inner, View) for inner in entry.values())}
+    candidates = [key for key, entry in value.items() if id(entry) in filled]
     for name in ("model_state_dict", "model", "module"):
         if name in candidates:
             return name
@@ -236,36 +275,55 @@ def _wrapped(value: dict[Any, Any]) -> Any:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _describe(value: Any) -> str:
-    """What something is, in a few words; counts the tensors inside without recursion."""
-    if isinstance(value, View):
-        return f"tensor {value.dtype}{list(value.shape)}"
-    if value is None or isinstance(value, bool | int | float):
-        return f"{type(value).__name__} {value!r:.40}"
-    if isinstance(value, str | bytes):
-        return f"{type(value).__name__} of length {len(value)}"
-    if isinstance(value, Call | Global):
-        return f"object {value!s:.80}"
-    inside = _count_tensors(value)
-    return f"{type(value).__name__} of {len(value)}" + (f", {inside} tensors inside" if inside else "")
+def _shown(value: str | bytes | Any) -> str:
+    """A key in one line of bearable length."""
+    text = repr(value[:_LONGEST_SHOWN]) if isinstance(value, bytes) else str(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
 
 
-def _count_tensors(value: Any) -> int:
-    count, seen, stack = 0, set(), [value]
-    while stack:
-        current = stack.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, View):
-            count += 1
-        elif isinstance(current, dict):
-            stack.extend(current.values())
-        elif isinstance(current, list | tuple):
-            stack.extend(current)
-        elif isinstance(current, Call):
-            stack.extend((current.arguments, current.items))
-    return count
+class _Describer:
+    """Says what things are, each in a few words.
+
+    Looks at a bounded number of things in all: values share their parts, so that looking into each could take forever.
+    """
+
+    def __init__(self) -> None:
+        self._left = _MOST_LOOKED_AT
+
+    def __call__(self, value: Any) -> str:
+        if isinstance(value, View):
+            return f"tensor {value.dtype}{list(value.shape)}"
+        if isinstance(value, Storage):
+            return f"storage of {value.nbytes} bytes"
+        if value is None or isinstance(value, bool | int | float):
+            return f"{type(value).__name__} {value!r:.40}"
+        if isinstance(value, str | bytes | bytearray):
+            return f"{type(value).__name__} of length {len(value)}"
+        if isinstance(value, Call | Global):
+            return f"object {value!s:.80}"
+        inside = self._count_tensors(value)
+        return f"{type(value).__name__} of {len(value)}" + (f", {inside} tensors inside" if inside else "")
+
+    def _count_tensors(self, value: Any) -> int:
+        count, seen, stack = 0, set(), [value]
+        while stack and self._left > 0:
+            current = stack.pop()
+            if id(current) in seen:
+                continue
+            seen.add(id(current))
+            inner = _parts(current)
+            self._left -= 1 + len(inner)
+            stack.extend(inner)
+            count += isinstance(current, View)
+        return count
+
+
+def _parts(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    return (value.arguments, value.items) if isinstance(value, Call) else ()
 
 
 def _tensor(view: View, where: FileSlice) -> Tensor:
@@ -275,7 +333,7 @@ def _tensor(view: View, where: FileSlice) -> Tensor:
     if _is_dense(view):
         start = where.offset + view.offset * view.dtype.itemsize
         return Tensor(view.dtype, view.shape, FileSlice(where.file, start, nbytes))
-    return Tensor(view.dtype, view.shape, Computed(nbytes, lambda size: _gather(view, where, size)))
+    return Tensor(view.dtype, view.shape, Computed(nbytes, lambda size: _gather(view, where, size), (where.file,)))
 
 
 def _is_dense(view: View) -> bool:

@@ -24,8 +24,13 @@ NAME = "torch-zip"
 MAX_PICKLE = 256 << 20
 """Bytes of the longest ``data.pkl`` that is read; that of a Stable Diffusion checkpoint has some 200 KB."""
 
+MAX_INDEX = 16 << 20
+"""Bytes of the longest archive index that is read: some 150,000 records."""
+
 _ROOT = "archive"
+_VERSION = b"3\n"
 _ALIGNMENT = 64
+_MOST_AROUND_RECORD = 512  # twice the headers and the name, zip64 fields, padding
 _REMEDY = "download or copy it again"
 # What zipfile raises on archives that are broken in one way or another.
 _FAILURES = (
@@ -75,16 +80,49 @@ def read(file: SourceFile) -> Checkpoint:
     return torch_pickle.checkpoint_of(value, NAME, file, place)
 
 
+class _Reader(io.BufferedReader):
+    """What :mod:`zipfile` reads from; it takes the whole index at once, and some fifteen times its size in memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_INDEX:
+            raise zipfile.BadZipFile(f"its index has {size} bytes")
+        return super().read(size)
+
+
 def _records(file: SourceFile) -> dict[str, zipfile.ZipInfo]:
     try:
-        with io.FileIO(os.dup(file.fileno())) as raw, zipfile.ZipFile(io.BufferedReader(raw)) as archive:
+        with _Reader(io.FileIO(os.dup(file.fileno()))) as stream, zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
     except _FAILURES as error:
         raise CorruptError(f"its zip archive is broken: {error}", file=file.path, remedy=_REMEDY) from error
     records = {entry.filename: entry for entry in entries}
-    if len(records) != len(entries):
+    if len({name.casefold() for name in records}) != len(entries):
         raise CorruptError("its zip archive has two records of one name", file=file.path, remedy=_REMEDY)
+    if any(entry.orig_filename != entry.filename for entry in entries) or not _index_is_plain(file):
+        raise CorruptError(
+            "its zip archive can be read in two ways, as one made to deceive can", file=file.path, remedy=_REMEDY
+        )
     return records
+
+
+def _index_is_plain(file: SourceFile) -> bool:
+    """Whether the index ends where its end record begins, and that record ends the file.
+
+    Readers of zip disagree about archives with something before, between or behind those: one takes the index that
+    the record points to, another the one in front of it. torch writes neither comment nor gap.
+    """
+    end = file.size - 22
+    record = file.read(end, 22) if end >= 0 else b""
+    if record[:4] != b"PK\x05\x06":
+        return False
+    size, offset = struct.unpack("<II", record[12:20])
+    locator = file.read(end - 20, 20) if end >= 20 else b""
+    if locator[:4] == b"PK\x06\x07":
+        (end,) = struct.unpack("<Q", locator[8:16])
+        if end + 56 != file.size - 42 or (wide := file.read(end, 56))[:4] != b"PK\x06\x06":
+            return False
+        size, offset = struct.unpack("<QQ", wide[40:56])
+    return bool(offset + size == end)
 
 
 def _place(file: SourceFile, entry: zipfile.ZipInfo) -> FileSlice:
@@ -98,8 +136,10 @@ def _place(file: SourceFile, entry: zipfile.ZipInfo) -> FileSlice:
     end = entry.header_offset + 30
     if entry.header_offset >= 0 and end <= file.size:
         local = file.read(entry.header_offset, 30)
-        start = end + sum(struct.unpack("<HH", local[26:30]))
-        if local[:4] == b"PK\x03\x04" and start + entry.file_size <= file.size:
+        named, extra = struct.unpack("<HH", local[26:30])
+        start, name = end + named + extra, entry.filename.encode()
+        sound = local[:4] == b"PK\x03\x04" and start + entry.file_size <= file.size and named == len(name)
+        if sound and file.read(end, named) == name:
             return FileSlice(file, start, entry.file_size)
     raise CorruptError(f"the record {entry.filename} lies outside the file", file=file.path, remedy=_REMEDY)
 
@@ -116,30 +156,38 @@ def _check_byte_order(file: SourceFile, entry: zipfile.ZipInfo | None) -> None:
         )
 
 
-def size(checkpoint: Checkpoint) -> int:
+def size(checkpoint: Checkpoint, index: bytes) -> int:
     """About how many bytes :func:`write` will take, never less."""
-    return sum(tensor.nbytes + 512 + 4 * len(key.encode()) for key, tensor in checkpoint.items()) + (1 << 16)
+    return len(index) + sum(tensor.nbytes + _MOST_AROUND_RECORD for tensor in checkpoint.values()) + 4096
 
 
-def write(checkpoint: Checkpoint, metadata: Mapping[str, str], out: AtomicFile) -> None:
-    """Write a file that every torch since 1.6 and ``torch.load(weights_only=True)`` read.
+def index(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> bytes:
+    """The pickle: ``{"state_dict": {...}, "metadata": {...}}`` in protocol 2, with torch's names and without torch.
 
-    The records ``byteorder`` and ``.data/serialization_id`` of newer releases are left out, because loaders of
-    A1111 from before June 2024 refuse them. Metadata goes into a dict of strings beside ``state_dict``.
+    Metadata goes into a dict of strings beside ``state_dict``.
 
     Raises:
         UnsupportedError: If torch has no type for a tensor's elements.
     """
+    return b"".join(_pickle(checkpoint, metadata))
+
+
+def write(checkpoint: Checkpoint, index: bytes, out: AtomicFile) -> None:
+    """Write a file that every torch since 1.6 and ``torch.load(weights_only=True)`` read.
+
+    The records ``byteorder`` and ``.data/serialization_id`` of newer releases are left out, because loaders of
+    A1111 from before June 2024 refuse them.
+    """
     stream = out.stream()
     with zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
-        with archive.open(_entry("data.pkl", 0, archive), "w") as record:
-            record.write(b"".join(_pickle(checkpoint, metadata)))
+        with archive.open(_entry("data.pkl", len(index), archive), "w") as record:
+            record.write(index)
         for number, tensor in enumerate(checkpoint.values()):
             with archive.open(_entry(f"data/{number}", tensor.nbytes, archive), "w") as record:
                 for piece in tensor.chunks():
                     record.write(piece)
-        with archive.open(_entry("version", 0, archive), "w") as record:
-            record.write(b"3\n")
+        with archive.open(_entry("version", len(_VERSION), archive), "w") as record:
+            record.write(_VERSION)
     stream.flush()
 
 
@@ -147,6 +195,7 @@ def _entry(name: str, nbytes: int, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     """A record whose data begin at a multiple of 64, as torch's own do; the padding is an extra field."""
     entry = zipfile.ZipInfo(f"{_ROOT}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
     entry.file_size = nbytes
+    entry.create_system = 3  # whatever the machine, so that the bytes are the same
     stream = archive.fp
     assert stream is not None  # noqa: S101 - it is open
     zip64 = 20 if nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0
@@ -157,7 +206,6 @@ def _entry(name: str, nbytes: int, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def _pickle(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> Iterator[bytes]:
-    """``{"state_dict": {...}, "metadata": {...}}`` in protocol 2, with torch's names and without torch."""
     yield b"\x80\x02}" + _text("state_dict") + b"}"
     for number, (key, tensor) in enumerate(checkpoint.items()):
         yield _text(key) + _tensor(number, key, tensor) + b"s"

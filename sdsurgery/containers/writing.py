@@ -6,8 +6,8 @@ import contextlib
 import errno
 import io
 import os
-import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,12 @@ from ..sources import Buffer, Computed, Data, FileSlice, ahead
 COPY_CHUNK = 64 << 20
 """Bytes that one call hands to the kernel: large enough to be fast, small enough for Ctrl-C and progress."""
 
-# What copy_file_range answers where it can't copy between these two files at all.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: the file grows by what is written, not by what is reserved
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# What copy_file_range answers where it can't copy between these two files; EIO among them, because only reading and
+# writing by ourselves tells which of the two disks is broken.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO}
 
 
 class AtomicFile:
@@ -55,6 +59,7 @@ class AtomicFile:
                 self._fd = self._create()
                 if self._replace and self.path.exists():
                     self._take_over_permissions(os.stat(self.path))
+                _reserve(self._fd, self._size)
             except BaseException:
                 self._discard()
                 raise
@@ -66,6 +71,7 @@ class AtomicFile:
         try:
             if kind is None:
                 with _reporting(self.path):
+                    os.ftruncate(self._fd, os.fstat(self._fd).st_size)  # gives back what was reserved and not used
                     flush_to_disk(self._fd)
                     self._publish()
         finally:
@@ -75,7 +81,8 @@ class AtomicFile:
         """Leave nothing but a file that has its final name."""
         self._close()
         if self._hidden is not None:
-            self._hidden.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what went wrong before matters more
+                self._hidden.unlink()
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -105,7 +112,7 @@ class AtomicFile:
         return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o666)
 
     def _hidden_name(self) -> Path:
-        return self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.partial")
+        return self.path.with_name(f".sdsurgery-{os.urandom(8).hex()}.partial")
 
     def _take_over_permissions(self, old: os.stat_result) -> None:
         if hasattr(os, "fchmod"):
@@ -144,10 +151,17 @@ class AtomicFile:
 
     def _rename_to_free_name(self) -> None:
         assert self._hidden is not None  # noqa: S101 - for the type checker
-        if os.name != "nt":
-            with contextlib.suppress(PermissionError, NotImplementedError):  # the file system has no hard links
-                self._link(self._hidden, self.path)
-                return
+        if os.name == "nt":
+            self._close()
+            try:
+                self._hidden.rename(self.path)  # there, renaming refuses a name that is taken
+            except FileExistsError as error:
+                raise _exists(self.path) from error
+            self._hidden = None
+            return
+        with contextlib.suppress(OSError):  # the file system has no hard links
+            self._link(self._hidden, self.path)
+            return
         if self.path.exists():
             raise _exists(self.path)
         self._rename()
@@ -163,13 +177,6 @@ class AtomicFile:
                     piece = piece[count:]
                     self._advance(count)
         return len(view)
-
-    def overwrite(self, offset: int, content: bytes) -> None:
-        """Put other bytes in place of some that were written; the position stays."""
-        with _reporting(self.path):
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            os.write(self._fd, content)
-            os.lseek(self._fd, self.position, os.SEEK_SET)
 
     def append(self, data: Data) -> None:
         """Append a tensor's bytes: those that lie in a file are copied inside the kernel."""
@@ -243,28 +250,45 @@ class _Raw(io.RawIOBase):
         return os.lseek(self._file.descriptor, offset, whence)
 
 
+def _reserve(fd: int, size: int) -> None:
+    """Have the file system set the blocks aside at once, where it can.
+
+    A full disk or quota is found before the first byte, and the copy into reserved blocks costs a fifth less. Called
+    through ctypes because :func:`os.posix_fallocate` falls back on writing to every block.
+    """
+    if sys.platform != "linux" or sys.maxsize < 1 << 32 or not size:
+        return
+    import ctypes
+
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(fd, _KEEP_SIZE, 0, size) and ctypes.get_errno() in _FULL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def flush_to_disk(fd: int) -> None:
     """Return when the bytes are on the disk, not merely with the drive (macOS tells the two apart)."""
-    with contextlib.suppress(ImportError):
+    if sys.platform == "darwin":
         import fcntl
 
-        if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # not every file system there has it
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
     os.fsync(fd)
 
 
 def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # there, folders can't be opened or flushed
+    """Make a new name last through a power cut, where folders can be flushed; the file is complete in any case."""
+    if os.name == "nt":
         return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems flush no folders
-            raise
-    finally:
-        os.close(fd)
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _exists(path: Path) -> OutputExistsError:
@@ -281,7 +305,7 @@ def _reporting(path: Path) -> Iterator[None]:
 
 
 def _explained(error: OSError, path: Path) -> OutputError | CorruptError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+    if error.errno in _FULL:
         return NoSpaceError(
             f"writing failed: {error.strerror}", file=path, remedy="free some space, or write to another disk"
         )

@@ -26,6 +26,7 @@ class ComponentReport:
         missing: Keys that its family has and the file hasn't.
         unexpected: Keys that lie in it and that its family hasn't.
         misshapen: Keys of the wrong shape, with the right one.
+        checked: Whether it is known what it should hold.
     """
 
     tensors: int
@@ -35,11 +36,12 @@ class ComponentReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshapen: Mapping[str, tuple[int, ...]]
+    checked: bool
 
     @property
     def complete(self) -> bool:
-        """Whether every weight is there in its right shape."""
-        return not self.missing and not self.misshapen
+        """Whether every weight is there in its right shape; not where nobody can tell."""
+        return self.checked and not self.missing and not self.misshapen
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         evidence=model.evidence,
         file_bytes=origin.file.size if origin else 0,
         tensors=checkpoint.tensors,
-        components={name: _report(checkpoint, found) for name, found in model.components.items()},
+        components={name: _report(checkpoint, found, model.wrapper) for name, found in model.components.items()},
         position_ids=diagnose(checkpoint, model),
         metadata=checkpoint.metadata,
         history=history.recorded(checkpoint.metadata) + [history.describe(step) for step in checkpoint.steps],
@@ -105,11 +107,11 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _report(checkpoint: Checkpoint, component: Component) -> ComponentReport:
+def _report(checkpoint: Checkpoint, component: Component, wrapper: str) -> ComponentReport:
     tensors = [checkpoint[key] for key in component.all_keys()]
     unexpected = component.stray
     if component.name == "other":
-        unexpected = tuple(key for key in component.keys.values() if key not in MARKERS)
+        unexpected = tuple(key for key in component.keys.values() if key.removeprefix(wrapper) not in MARKERS)
     return ComponentReport(
         tensors=len(tensors),
         parameters=sum(tensor.numel for tensor in tensors),
@@ -118,4 +120,5 @@ def _report(checkpoint: Checkpoint, component: Component) -> ComponentReport:
         missing=component.missing,
         unexpected=unexpected,
         misshapen=component.misshapen(checkpoint.tensors),
+        checked=bool(component.table) or component.name == "other",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +85,7 @@ def schedule_component(checkpoint: Checkpoint, wrapper: str) -> Component | None
     present = {name: wrapper + name for name in (*SCHEDULE_BUFFERS, "logvar") if wrapper + name in checkpoint}
     if not present:
         return None
-    steps = checkpoint[next(iter(present.values()))].shape
+    ((steps, _),) = Counter(checkpoint[key].shape for key in present.values()).most_common(1)
     table = {name: Weight(name, steps, optional=name == "logvar") for name in (*SCHEDULE_BUFFERS, "logvar")}
     return Component("schedule", wrapper, present, table)
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -45,6 +46,16 @@ _TEXT_ENCODERS: Mapping[str, tuple[type[Config], ...]] = {
 
 _ENOUGH = 0.25
 """The share of a component's keys that must be there for a file without prefixes to count as that component."""
+
+_STRANGERS = 0.1
+"""The share of a UNet's own keys beyond which a family that doesn't know them isn't its family."""
+
+_UNET_NAME = re.compile(r"(?:time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\.")
+_UNET_PARTS = ("input_blocks.", "middle_block.1.", "output_blocks.")
+"""What every family's UNet has. A ControlNet has no output blocks, SSD-1B no attention in the middle."""
+
+_LONE_CLIP_PATHS = frozenset({"", "text_model.", "transformer.", "transformer.text_model."})
+"""What may stand before CLIP's own names in a file of its own; elsewhere it is a part of some other model."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +157,10 @@ def _prefixed(checkpoint: Checkpoint, wrapper: str) -> tuple[dict[str, Component
     prefix = wrapper + VAE_PREFIX
     names = _under(checkpoint, prefix)
     if names:
-        components["vae"] = _component("vae", prefix, checkpoint, names, VaeConfig())
-        evidence.append(f"{len(components['vae'].keys)} keys of a VAE under {prefix!r}")
+        vae = _component("vae", prefix, checkpoint, names, VaeConfig())
+        evidence.append(f"{len(vae.keys)} keys of a VAE under {prefix!r}")
+        known = len(vae.keys) >= _ENOUGH * len(vae.table)
+        components["vae"] = vae if known else Component("vae", prefix, names, {})
     for root in _TEXT_ROOTS:
         found = _text_encoder(checkpoint, wrapper + root, evidence)
         if found:
@@ -157,64 +170,105 @@ def _prefixed(checkpoint: Checkpoint, wrapper: str) -> tuple[dict[str, Component
 
 def _text_encoder(checkpoint: Checkpoint, root: str, evidence: list[str]) -> Component | None:
     names = _under(checkpoint, root)
-    if any(".resblocks." in name for name in names):
+    if not names:
+        return None
+    if any(name.startswith("model.transformer.resblocks.") for name in names):
         inner = {name.removeprefix("model."): key for name, key in names.items() if name.startswith("model.")}
         outside = tuple(key for name, key in names.items() if not name.startswith("model."))
         in_list = not root.endswith("cond_stage_model.")
-        config = OpenClipConfig(layers=_open_clip_layers(inner), last_optional=not root.endswith("embedders.1."))
         name = "text_encoder_2" if in_list else "text_encoder"
-        found = _component(name, root + "model.", checkpoint, inner, config)
+        found = _component(name, root + "model.", checkpoint, inner, _open_clip(inner))
+        if len(found.keys) < _ENOUGH * len(found.table):
+            return None
         evidence.append(f"{len(found.keys)} keys of an OpenCLIP text encoder under {found.prefix!r}")
         return replace(found, stray=(*found.stray, *outside))
-    if any(_CLIP_NAME.fullmatch(name) for name in names):
-        found = _clip(checkpoint, root + "transformer.", names, "transformer.text_model.")
-        evidence.append(f"{len(found.keys)} keys of a CLIP text encoder under {found.prefix!r}")
-        return found
-    return None
+    clip = _clip(checkpoint, root + "transformer.", names, "transformer.text_model.")
+    if clip:
+        evidence.append(f"{len(clip.keys)} keys of a CLIP text encoder under {clip.prefix!r}")
+    return clip
 
 
-def _open_clip_layers(names: Iterable[str]) -> int:
-    """24 for OpenCLIP-H, 32 for -G; a file that lacks some is measured against the next larger one."""
-    indices = [int(match.group(1)) for name in names if (match := re.search(r"resblocks\.(\d+)\.", name))]
-    return 32 if max(indices, default=0) >= 24 else 24
+def _open_clip(names: Iterable[str]) -> OpenClipConfig:
+    """OpenCLIP-H of 24 layers, or -G of 32; a file that lacks some is measured against the next larger one.
+
+    SD2 uses H's last layer but one, and some models were published without the last; SDXL needs all of G.
+    """
+    matches = (re.match(r"transformer\.resblocks\.(\d{1,4})\.", name) for name in names)
+    large = any(int(match.group(1)) >= 24 for match in matches if match)
+    return OpenClipConfig(layers=32) if large else OpenClipConfig(layers=24, last_optional=True)
 
 
-def _clip(checkpoint: Checkpoint, prefix: str, names: Mapping[str, str], path: str) -> Component:
-    """CLIP's text encoder, whatever stands before its own names.
+def _clip(
+    checkpoint: Checkpoint,
+    prefix: str,
+    names: Mapping[str, str],
+    path: str,
+    paths: Collection[str] | None = None,
+) -> Component | None:
+    """CLIP's text encoder, whatever stands before its own names; ``None`` where there is no such thing.
 
     Args:
         checkpoint: Where it is.
         prefix: What stands before ``text_model.`` where the names are right.
         names: Name below the root to key.
         path: What stands between the root and CLIP's own names where they are right.
+        paths: What else may stand there; anything unless given.
     """
+    found_at = _text_paths(names)
+    places = sorted((place for place in found_at if paths is None or place in paths), key=lambda place: place != path)
     layers = ClipConfig().layers
-    for name in names:
-        if match := re.search(r"encoder\.layers\.(\d+)\.", name):
-            layers = max(layers, min(int(match.group(1)) + 1, 64))
+    for place in places:
+        for local in found_at[place]:
+            if match := re.match(r"text_model\.encoder\.layers\.(\d{1,4})\.", local):
+                layers = max(layers, min(int(match.group(1)) + 1, 64))
     projected = "text_projection.weight" in names and not path.startswith("transformer.")
     config = ClipConfig(layers=layers, projected=projected)
     expected = {weight.name for weight in walk(config)} | {POSITION_IDS}
-    canonical: dict[str, str] = {}
-    # Names at the right place come first, so that a second copy elsewhere is the stray one.
-    for name, key in sorted(names.items(), key=lambda item: not item[0].startswith(path)):
-        match = _CLIP_NAME.fullmatch(name)
-        local = "text_model." + match.group("name") if match else name
-        if local in expected:
-            canonical.setdefault(local, key)
+    canonical = {"text_projection.weight": names["text_projection.weight"]} if projected else {}
+    # The right place comes first, so that a second copy elsewhere is the stray one.
+    for place in places:
+        for local, key in found_at[place].items():
+            if local in expected:
+                canonical.setdefault(local, key)
     found = _component("text_encoder", prefix, checkpoint, canonical, config)
-    return replace(found, stray=tuple(key for key in names.values() if key not in set(canonical.values())))
+    # Other transformers share some names, of the attention's projections and of the embeddings, but not these.
+    own = all(any(part in local for local in canonical) for part in (".layer_norm1.", ".mlp.fc1."))
+    # At the very place where a single file keeps its CLIP, a ruin is a broken CLIP and nothing else.
+    in_place = path.startswith("transformer.") and path in found_at
+    if not in_place and not (own and len(found.keys) >= _ENOUGH * len(found.table)):
+        return None
+    known = set(canonical.values())
+    return replace(found, stray=tuple(key for key in names.values() if key not in known))
+
+
+def _text_paths(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What stands before names of CLIP's text transformer, to canonical name to key.
+
+    CLIP's vision transformer has the same names but for its embeddings, and is no text encoder.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, key in names.items():
+        if match := _CLIP_NAME.fullmatch(name):
+            found.setdefault(match.group("path"), {})["text_model." + match.group("name")] = key
+    marks = {"text_model.embeddings.patch_embedding.weight", "text_model.embeddings.class_embedding"}
+    return {path: local for path, local in found.items() if "vision" not in path and not marks & local.keys()}
 
 
 def _unet_structure(checkpoint: Checkpoint, names: Mapping[str, str], evidence: list[str]) -> UNetConfig | None:
     """Which family's UNet it is, by the rank of its projections, its vector embedding and its depth."""
-    ranks = {len(checkpoint[key].shape) for name, key in names.items() if name.endswith(".proj_in.weight")}
-    vector = any(name.startswith("label_emb.") for name in names)
-    deep = any(name.startswith("input_blocks.9.") for name in names)
-    if ranks not in ({2}, {4}):
-        evidence.append(f"no family's UNet: its attention projections have the ranks {sorted(ranks)}")
+    own = [name for name in names if _UNET_NAME.match(name)]
+    lacking = [part for part in _UNET_PARTS if not any(name.startswith(part) for name in own)]
+    if lacking:
+        evidence.append(f"no family's UNet: it has no {lacking[0].rstrip('.')}")
         return None
-    linear = ranks == {2}
+    ranks = Counter(len(checkpoint[names[name]].shape) for name in own if name.endswith(".proj_in.weight"))
+    rank = ranks.most_common(1)[0][0] if ranks else 0
+    if rank not in {2, 4}:
+        evidence.append(f"no family's UNet: its attention projections have the rank {rank}")
+        return None
+    linear = rank == 2
+    vector = any(name.startswith("label_emb.") for name in own)
+    deep = any(name.startswith("input_blocks.9.") for name in own)
     family = {
         (False, False, True): "sd1",
         (True, False, True): "sd2",
@@ -227,9 +281,15 @@ def _unet_structure(checkpoint: Checkpoint, names: Mapping[str, str], evidence: 
         evidence.append(f"no family's UNet has {facts} than nine input blocks")
         return None
     table = {weight.name for weight in walk(UNETS[family])}
-    hits = sum(name in table for name in names)
+    hits = sum(name in table for name in own)
+    if hits < _ENOUGH * len(table) or len(own) - hits > _STRANGERS * len(own):
+        evidence.append(
+            f"no family's UNet: {facts} than nine input blocks, as in {family}, but {len(own) - hits} keys that it "
+            f"doesn't know, and {hits} of its {len(table)}"
+        )
+        return None
     evidence.append(f"the UNet of {family}: {facts} than nine input blocks; {hits} of {len(table)} keys")
-    return UNETS[family] if hits >= _ENOUGH * len(table) else None
+    return UNETS[family]
 
 
 def _family(checkpoint: Checkpoint, components: Mapping[str, Component], evidence: list[str]) -> str:
@@ -287,16 +347,18 @@ def _lone(checkpoint: Checkpoint, wrapper: str, evidence: list[str]) -> tuple[st
 
 def _bare(candidate: str, checkpoint: Checkpoint, wrapper: str, names: Mapping[str, str]) -> Component | None:
     """The component of that kind in a file without prefixes; only what its table knows belongs to it."""
-    if candidate == "text_encoder":
-        found = _clip(checkpoint, wrapper, names, "text_model.")
-        ids = tuple(key for key in found.stray if key.endswith("position_ids"))
-        return replace(found, stray=ids)
-    config: Config | None = VaeConfig()
-    if candidate == "unet":
-        config = _unet_structure(checkpoint, names, []) if "input_blocks.1.0.in_layers.0.weight" in names else None
+    name = candidate
+    config: Config | None = None
+    if candidate == "unet" and any(local.startswith("input_blocks.") for local in names):
+        config = _unet_structure(checkpoint, names, evidence=[])
+    elif candidate == "vae":
+        config = VaeConfig()
     elif candidate == "open_clip":
-        config = OpenClipConfig(layers=_open_clip_layers(names), last_optional=True)
-    if config is None:
-        return None
-    found = _component(candidate if candidate != "open_clip" else "text_encoder", wrapper, checkpoint, names, config)
-    return replace(found, stray=tuple(key for key in found.stray if key.endswith("position_ids")))
+        open_clip = _open_clip(names)
+        config, name = open_clip, "text_encoder" if open_clip.last_optional else "text_encoder_2"
+    found: Component | None = None
+    if candidate == "text_encoder":
+        found = _clip(checkpoint, wrapper, names, "text_model.", _LONE_CLIP_PATHS)
+    elif config:
+        found = _component(name, wrapper, checkpoint, names, config)
+    return found and replace(found, stray=tuple(key for key in found.stray if key.endswith("position_ids")))

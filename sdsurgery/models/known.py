@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from typing import Any
 
 from .. import history
 from ..checkpoint import Checkpoint
@@ -18,6 +18,9 @@ from ..sources import SourceFile
 from .identify import Model
 
 _ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl-v1": "sdxl"}
+VAE_FAMILY = "vae_family"
+"""The fact that a step records when it brings in a VAE whose family is known."""
+
 _LATENT_SPACES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl"}
 
 
@@ -48,6 +51,8 @@ class Provenance:
 
 @cache
 def _files() -> dict[str, KnownFile]:
+    from importlib import resources
+
     text = resources.files("sdsurgery.data").joinpath("known_files.json").read_text("utf-8")
     return {
         entry["sha256"]: KnownFile(entry["name"], entry["sha256"], entry["size"], entry["family"])
@@ -69,17 +74,27 @@ def latent_space(family: str) -> str | None:
 
 def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
     """Whose VAE it is, as far as the file tells: by the model around it, by its record, or by its hash."""
+    family = ""
+    for step in reversed([*history.recorded(checkpoint.metadata), *map(history.describe, checkpoint.steps)]):
+        if step.get("operation") == "merge-vae" or _parameter(step, "component") == "vae":
+            taken = str(step.get(VAE_FAMILY, ""))
+            return Provenance(taken, "its metadata tell where it was taken from") if taken else Provenance()
+        family = family or str(step.get("family", ""))
+    if family in _LATENT_SPACES:
+        return Provenance(family, "its metadata tell where it was extracted from")
     if model.base_family != "unknown":
         return Provenance(model.base_family, f"it lies in a model of {model.family}")
-    for step in reversed(history.recorded(checkpoint.metadata)):
-        if step.get("family") in _LATENT_SPACES:
-            return Provenance(step["family"], "its metadata tell where it was extracted from")
     architecture = checkpoint.metadata.get("modelspec.architecture", "").partition("/")[0]
-    for prefix, family in _ARCHITECTURES.items():
+    for prefix, told in _ARCHITECTURES.items():
         if architecture.startswith(prefix):
-            return Provenance(family, f"its metadata say {architecture}")
+            return Provenance(told, f"its metadata say {architecture}")
     known = known_file(checkpoint.origin.file) if checkpoint.origin else None
     return Provenance(known.family, f"it is {known.name}", known.sha256) if known else Provenance()
+
+
+def _parameter(step: dict[str, Any], name: str) -> Any:
+    parameters = step.get("parameters")
+    return parameters.get(name) if isinstance(parameters, dict) else None
 
 
 def sha256_of(file: SourceFile) -> str:

@@ -10,11 +10,12 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from pathlib import PureWindowsPath
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..checkpoint import Checkpoint, Input
 from ..containers import open as open_checkpoint
+from ..errors import UsageError
 
 Source = str | os.PathLike[str] | Checkpoint
 """A further checkpoint: a file's name, or one that is open."""
@@ -53,6 +54,21 @@ class Operation(ABC):
     label: str = "fixed"
     """What stands in the name of an output that the user didn't name: ``NAME.fixed.safetensors``."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that the declaration doesn't know; a single name stands for a list of one."""
+        for declared in self.declared():
+            name, value = declared.field.name, getattr(self, declared.field.name)
+            kind = declared.type
+            if get_origin(kind) is tuple:
+                kind, value = get_args(kind)[0], (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, name, value)
+            choices = [choice for option in (kind, *get_args(kind)) for choice in _choices(option)]
+            for given in value if isinstance(value, tuple) else (value,):
+                if choices and given not in choices and given != declared.field.default:
+                    raise UsageError(
+                        f"{given!r} is no {name} that {self.name} knows", remedy=f"choose from {', '.join(choices)}"
+                    )
+
     @abstractmethod
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint after this operation; nothing is written, and no weight read that needn't be."""
@@ -79,13 +95,15 @@ class Operation(ABC):
         return recorded
 
 
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
 def _recorded(value: Any) -> Any:
     if isinstance(value, Checkpoint):
         return value.origin.file.path.name if value.origin else "in memory"
-    if isinstance(value, os.PathLike):
-        return Path(value).name
-    if isinstance(value, str):
-        return Path(value).name if os.sep in value or "/" in value else value
+    if isinstance(value, str | os.PathLike):
+        return PureWindowsPath(value).name  # which knows the separators of every system
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -49,9 +49,10 @@ class Cast(Operation):
         _require(model, checkpoint, self.component)
         castable = _castable(checkpoint, model, self.component)
         chosen = {key: tensor for key, tensor in checkpoint.items() if key in castable and tensor.dtype is not target}
-        notes = list(check_values(chosen, target, self.on_overflow, checkpoint))
+        remedy = "cast to bf16, leave the component out, or choose --on-overflow clip"
+        notes = list(check_values(chosen, target, checkpoint, remedy, self.on_overflow))
         if not chosen:
-            notes.append(Note(f"every weight is {self.dtype} already"))
+            notes.append(Note(f"every weight is {self.dtype} already" if castable else "it has no weights to cast"))
         tensors = dict(checkpoint) | {
             key: cast_tensor(tensor, target, self.on_overflow) for key, tensor in chosen.items()
         }
@@ -95,7 +96,7 @@ def cast_tensor(tensor: Tensor, target: DType, on_overflow: OnOverflow = "refuse
         for piece in _arrays(tensor, size):
             yield memoryview(_convert(piece, target, on_overflow)).cast("B")
 
-    return Tensor(target, tensor.shape, Computed(target.nbytes(tensor.shape), produce))
+    return Tensor(target, tensor.shape, Computed(target.nbytes(tensor.shape), produce, tensor.data.files))
 
 
 def _arrays(tensor: Tensor, size: int) -> Iterator[Any]:
@@ -118,7 +119,7 @@ def _convert(array: Any, target: DType, on_overflow: OnOverflow) -> Any:
 
     kind = target.to_numpy()
     with np.errstate(over="ignore", invalid="ignore"):
-        converted = array.astype(kind)
+        converted = (_rounded_to_odd(array) if target.name == "BF16" and array.itemsize == 8 else array).astype(kind)
         if on_overflow == "clip":
             overflowed = np.isinf(converted) & np.isfinite(array)
             if overflowed.any():
@@ -127,10 +128,31 @@ def _convert(array: Any, target: DType, on_overflow: OnOverflow) -> Any:
     return converted.view("V2") if target.name == "BF16" else converted
 
 
+def _rounded_to_odd(array: Any) -> Any:
+    """float64 as float32 with inexact values rounded to the odd neighbour.
+
+    On the way to bfloat16, rounding to the nearest float32 first could make a tie of what is none.
+    """
+    import numpy as np
+
+    nearest = array.astype(np.float32)
+    inexact = np.isfinite(array) & (nearest != array)
+    beyond = inexact & (np.abs(nearest) > np.abs(array))
+    bits = nearest.view(np.uint32)
+    return np.where(inexact, (bits - beyond) | np.uint32(1), bits).astype(np.uint32).view(np.float32)
+
+
 def check_values(
-    tensors: dict[str, Tensor], target: DType, on_overflow: OnOverflow, checkpoint: Checkpoint
+    tensors: dict[str, Tensor], target: DType, checkpoint: Checkpoint, remedy: str, on_overflow: OnOverflow = "refuse"
 ) -> Iterator[Note]:
     """Read what will be cast, and tell of NaN, Inf and overflow before anything is written.
+
+    Args:
+        tensors: By their keys.
+        target: The type that they will be cast to.
+        checkpoint: Where they are, for the error.
+        remedy: What to do about overflow, for the error.
+        on_overflow: See :class:`Cast`.
 
     Raises:
         RefusedError: If finite values would become Inf and ``on_overflow`` is ``refuse``.
@@ -154,7 +176,7 @@ def check_values(
             f"the first in {first}",
             file=checkpoint.origin.file.path if checkpoint.origin else None,
             key=first,
-            remedy="cast to bf16, leave the component out, or choose --on-overflow clip",
+            remedy=remedy,
         )
 
 

@@ -87,7 +87,7 @@ def _key_repairs(checkpoint: Checkpoint, model: Model) -> tuple[dict[str, str], 
     renames: dict[str, str] = {}
     drops: dict[str, str] = {}
     wrapper = model.wrapper
-    if wrapper:
+    if wrapper and model.clip:
         # A wrapper around the whole file is no loader's: taken off everywhere, or the parts would come apart.
         renames = {key: key.removeprefix(wrapper) for key in checkpoint}
     if model.clip:
@@ -98,7 +98,7 @@ def _key_repairs(checkpoint: Checkpoint, model: Model) -> tuple[dict[str, str], 
     for encoder in ("text_encoder", "text_encoder_2"):
         component = model.components.get(encoder)
         for key in component.stray if component else ():
-            if key.endswith("position_ids"):
+            if key.endswith("position_ids") and "vision" not in key:
                 drops[key] = "stray position ids"
     return renames, drops
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -11,7 +11,7 @@ from ..dtypes import CAST_TARGETS
 from ..errors import MismatchError, SurgeryError, UnsupportedError, UsageError
 from ..models.components import POSITION_IDS, Component
 from ..models.identify import VAE_PREFIX, Model, identify
-from ..models.known import Provenance, latent_space, provenance_of_vae
+from ..models.known import VAE_FAMILY, Provenance, latent_space, provenance_of_vae
 from ..models.walks import UNetConfig
 from .base import Operation, Param, Source, input_record, opened
 from .cast import ComponentName, DTypeName, cast_tensor, check_values
@@ -124,8 +124,9 @@ def _fault(
 def _component(checkpoint: Checkpoint, model: Model, name: str) -> Component:
     found = model.components.get(name)
     if found is None or not found.table:
-        there = ", ".join(known for known in model.components if known != "other") or "nothing that is known"
-        message = f"no {name} is in it, but {there}; " + "; ".join(model.evidence)
+        others = (known for known in model.components if known not in {"other", name})
+        there = f"no {name} is in it" if found is None else f"its {name} is of a kind that is not known"
+        message = f"{there}, but {', '.join(others) or 'nothing that is known'}; " + "; ".join(model.evidence)
         raise _fault(MismatchError, message, checkpoint, "name another file, or see what it holds: sdsurgery inspect")
     return found
 
@@ -201,7 +202,8 @@ def _graft(
     if operation.dtype is not None:
         goal = CAST_TARGETS[operation.dtype]
         to_cast = {donor.part.keys[name]: tensor for name, tensor in weights.items() if tensor.dtype is not goal}
-        notes.extend(check_values(to_cast, goal, "refuse", donor.checkpoint))
+        remedy = "choose another --dtype, or keep the donor's own"
+        notes.extend(check_values(to_cast, goal, donor.checkpoint, remedy))
         weights = {name: cast_tensor(tensor, goal) for name, tensor in weights.items()}
     tensors, changes = dict(checkpoint), []
     for name, tensor in weights.items():
@@ -214,11 +216,15 @@ def _graft(
         else:
             continue
         tensors[key] = tensor
+    kept = [key for name, key in target.keys.items() if name not in weights and name != POSITION_IDS]
+    if kept:
+        notes.append(Note(f"{len(kept)} weights that the donor lacks stay the model's own: {_some(kept)}"))
     if not changes:
         notes.append(Note(f"the {target.name} is this one already"))
     parameters = {name: value for name, value in operation.parameters().items() if name != "force"}
     inputs = input_record(donor.checkpoint, donor.origin.sha256)
-    return checkpoint.evolve(tensors, Step(operation.name, parameters, tuple(changes), tuple(notes), inputs))
+    facts = {VAE_FAMILY: donor.origin.family} if donor.origin.family else {}
+    return checkpoint.evolve(tensors, Step(operation.name, parameters, tuple(changes), tuple(notes), inputs, facts))
 
 
 def _check_fit(target: Component, donor: _Donor) -> None:
@@ -251,6 +257,17 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
         return False
     if one.data == other.data:
         return True
-    return all(
-        left == right for left, right in zip(one.chunks(_COMPARE_CHUNK), other.chunks(_COMPARE_CHUNK), strict=True)
-    )
+    return all(left == right for left, right in _side_by_side(one, other))
+
+
+def _side_by_side(one: Tensor, other: Tensor) -> Iterator[tuple[bytes, bytes]]:
+    """Pieces of equal length of two tensors of equal length, whose own pieces may be of different ones."""
+    streams = one.chunks(_COMPARE_CHUNK), other.chunks(_COMPARE_CHUNK)
+    left = right = b""
+    while True:
+        left, right = left or bytes(next(streams[0], b"")), right or bytes(next(streams[1], b""))
+        length = min(len(left), len(right))
+        if not length:
+            return
+        yield left[:length], right[:length]
+        left, right = left[length:], right[length:]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from ..checkpoint import Change, ChangeKind, Checkpoint, Note, Step, Tensor
 from ..errors import MismatchError
-from ..models.components import TRAINING_PREFIXES, Component, ema_name
+from ..models.components import TRAINING_PREFIXES, ema_name
 from ..models.identify import VAE_PREFIX, Model, identify
 from .base import Operation, Param
 from .grafts import same_bytes, without_aside
@@ -66,10 +66,10 @@ def _take_ema(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor]) 
     if unet is None or ema is None or not unet.table:
         raise _no_ema(checkpoint, "it has no UNet with EMA weights")
     if ema.missing:
-        raise _no_ema(checkpoint, f"{len(ema.missing)} of {len(unet.table)} EMA weights are missing", ema)
+        raise _no_ema(checkpoint, f"{len(ema.missing)} of {len(unet.table)} EMA weights are missing", ema.missing[0])
     wrong = ema.misshapen(checkpoint.tensors)
     if wrong:
-        raise _no_ema(checkpoint, f"{len(wrong)} EMA weights have another shape than the UNet's", ema)
+        raise _no_ema(checkpoint, f"{len(wrong)} EMA weights have another shape than the UNet's", next(iter(wrong)))
     changes = []
     for name in unet.table:
         key, averaged = unet.keys.get(name, unet.prefix + name), checkpoint[ema.keys[ema_name(name)]]
@@ -81,10 +81,10 @@ def _take_ema(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor]) 
     return changes
 
 
-def _no_ema(checkpoint: Checkpoint, message: str, ema: Component | None = None) -> MismatchError:
+def _no_ema(checkpoint: Checkpoint, message: str, key: str | None = None) -> MismatchError:
     return MismatchError(
         message,
         file=checkpoint.origin.file.path if checkpoint.origin else None,
-        key=ema.missing[0] if ema and ema.missing else None,
+        key=key,
         remedy="prune without --ema: the file's own UNet weights are kept",
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from ..inspection.hashes import FileHashes
 from ..models.position_ids import Diagnosis
 
 
+def text(document: Mapping[str, Any]) -> str:
+    """The document as it is printed: in ASCII, which every pipe and every code page holds."""
+    return json.dumps(document, indent=2)
+
+
 def error(failure: SurgeryError) -> dict[str, Any]:
     """What ``--json`` prints on a failure."""
     return {"error": failure.as_json()}
@@ -21,11 +27,12 @@ def error(failure: SurgeryError) -> dict[str, Any]:
 
 def written(checkpoint: Checkpoint, output: Path | None, dropped: Iterable[Change], *, dry_run: bool) -> dict[str, Any]:
     """What a writing command did, or would do."""
+    changes = [asdict(change) for change in (*checkpoint.changes, *dropped)]
     return {
         "output": None if output is None else str(output),
         "dry_run": dry_run,
-        "changed": bool(checkpoint.changes),
-        "changes": [asdict(change) for change in (*checkpoint.changes, *dropped)],
+        "changed": bool(changes),
+        "changes": changes,
         "notes": [asdict(note) for note in checkpoint.notes],
     }
 

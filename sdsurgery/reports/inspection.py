@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -11,7 +13,7 @@ from rich.text import Text
 
 from ..inspection import Inspection
 from ..inspection.hashes import FileHashes
-from .terminal import human_bytes
+from .terminal import human_bytes, printable
 
 _SHOWN = 8
 
@@ -19,29 +21,38 @@ _SHOWN = 8
 def show(found: Inspection, hashes: FileHashes | None, *, with_tensors: bool) -> None:
     """Print an inspection to stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(found.path, style="bold"))
+    console.print(Text(printable(found.path), style="bold"))
     console.print(
         f"{found.container}, {found.layout} layout, family {found.family}: {len(found.tensors):,} tensors, "
         f"{found.parameters:,} parameters, {human_bytes(found.file_bytes)}"
     )
     if found.family == "unknown":
         for line in found.evidence:
-            console.print(Text(f"  {line}", style="dim"))
+            console.print(Text(printable(f"  {line}"), style="dim"))
     if found.components:
         console.print(_components(found))
     _faults(console, found)
-    console.print(f"position ids: {_position_ids(found)}")
+    console.print(Text.assemble("position ids: ", _position_ids(found)))
     _metadata(console, found)
     if hashes:
-        table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-        for name, value in asdict(hashes).items():
-            table.add_row(name, value or "-")
-        console.print(table)
+        _columns(console, ((name, value or "-") for name, value in asdict(hashes).items()))
     if with_tensors:
-        table = Table("key", "dtype", "shape", box=box.SIMPLE, pad_edge=False)
-        for key, tensor in found.tensors.items():
-            table.add_row(Text(key), tensor.dtype.name, " x ".join(map(str, tensor.shape)) or "scalar")
-        console.print(table)
+        _columns(
+            console,
+            (
+                (printable(key), tensor.dtype.name, " x ".join(map(str, tensor.shape)) or "scalar")
+                for key, tensor in found.tensors.items()
+            ),
+        )
+
+
+def _columns(console: Console, rows: Iterable[tuple[str, ...]]) -> None:
+    """Rows as lines that are never cut or broken, however narrow the terminal: people copy and grep them."""
+    listed = list(rows)
+    widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
+    for row in listed:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        console.print(Text("  ".join(cells).rstrip()))
 
 
 def _components(found: Inspection) -> Table:
@@ -62,6 +73,8 @@ def _components(found: Inspection) -> Table:
             if items
         ]
         verdict = Text("yes" if report.complete else "no", style="green" if report.complete else "red")
+        if not report.checked:
+            verdict = Text("not known", style="yellow")
         if faults:
             verdict.append(": " + ", ".join(faults), style="yellow")
         table.add_row(
@@ -75,13 +88,13 @@ def _faults(console: Console, found: Inspection) -> None:
         for what, keys in (("missing", report.missing), ("unexpected", report.unexpected)):
             if keys:
                 more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-                console.print(Text(f"{name}, {what}: {', '.join(keys[:_SHOWN])}{more}"))
+                console.print(Text(printable(f"{name}, {what}: {', '.join(keys[:_SHOWN])}{more}")))
         for key, shape in list(report.misshapen.items())[:_SHOWN]:
-            console.print(Text(f"{name}, misshapen: {key} should be {list(shape)}"))
+            console.print(Text(printable(f"{name}, misshapen: {key} should be {list(shape)}")))
     if found.aside:
         listed = ", ".join(f"{entry.name} ({entry.what})" for entry in found.aside[:_SHOWN])
         more = f" and {len(found.aside) - _SHOWN} more" if len(found.aside) > _SHOWN else ""
-        console.print(Text(f"not tensors: {listed}{more}"))
+        console.print(Text(printable(f"not tensors: {listed}{more}")))
 
 
 def _position_ids(found: Inspection) -> Text:
@@ -103,8 +116,13 @@ def _metadata(console: Console, found: Inspection) -> None:
         if key == "sdsurgery":
             continue
         shown = value if len(value) <= 100 else value[:99] + "…"
-        console.print(Text(f"metadata {key}: {shown}"))
+        console.print(Text(printable(f"metadata {key}: {shown}")))
     for step in found.history:
-        changes = ", ".join(f"{count} {kind}" for kind, count in step.get("changes", {}).items())
-        given = " ".join(f"{name}={value}" for name, value in step.get("parameters", {}).items())
-        console.print(Text(f"history {step.get('operation')} {given}: {changes}"))
+        changes = ", ".join(f"{count} {kind}" for kind, count in _mapping(step.get("changes")).items())
+        given = "".join(f" {name}={value}" for name, value in _mapping(step.get("parameters")).items())
+        console.print(Text(printable(f"history {step.get('operation')}{given}: {changes}")))
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    """The value if it is a mapping: a record in somebody's metadata may hold anything."""
+    return value if isinstance(value, Mapping) else {}

@@ -11,17 +11,22 @@ _SHOWN = 6
 """Changes of one kind that are listed before the rest is counted."""
 
 
+def printable(text: str) -> str:
+    """The text on one line, with whatever a terminal would obey or can't show written out as Python would."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def error(failure: SurgeryError) -> str:
     """One message: what is wrong, with which file and key, and what to do."""
-    remedy = f"\n  {failure.remedy}" if failure.remedy else ""
-    return f"sdsurgery: {failure}{remedy}"
+    remedy = f"\n  {printable(failure.remedy)}" if failure.remedy else ""
+    return f"sdsurgery: {printable(str(failure))}{remedy}"
 
 
 def warnings(checkpoint: Checkpoint) -> Iterator[str]:
     """The findings that were not mended."""
     for note in checkpoint.notes:
         if note.level == "warning":
-            yield f"warning: {note.message}"
+            yield printable(f"warning: {note.message}")
 
 
 def steps(checkpoint: Checkpoint, dropped: Iterable[Change]) -> Iterator[str]:
@@ -38,7 +43,7 @@ def steps(checkpoint: Checkpoint, dropped: Iterable[Change]) -> Iterator[str]:
 def _step(step: Step) -> Iterator[str]:
     for note in step.notes:
         if note.level == "info":
-            yield f"  {note.message}"
+            yield printable(f"  {note.message}")
     yield from _changes(step.changes)
 
 
@@ -48,7 +53,7 @@ def _changes(changes: Iterable[Change]) -> Iterator[str]:
         by_kind.setdefault(change.kind, []).append(change)
     for kind, group in by_kind.items():
         for change in group[:_SHOWN]:
-            yield f"  {kind:<9} {_change(change)}"
+            yield printable(f"  {kind:<9} {_change(change)}")
         if len(group) > _SHOWN:
             yield f"  {kind:<9} … and {len(group) - _SHOWN} more"
 
