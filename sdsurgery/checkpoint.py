@@ -167,10 +167,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """Something in a file that is no tensor of the state dict, such as an epoch or optimizer state."""
+    """Something in a file that is no tensor of the state dict, such as an epoch or optimizer state.
+
+    Attributes:
+        name: Its key.
+        what: What it is, in a few words.
+        tensors: How many tensors are in it.
+    """
 
     name: str
     what: str
+    tensors: int = 0
 
 
 @dataclass(frozen=True, slots=True)

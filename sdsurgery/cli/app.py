@@ -12,7 +12,7 @@ from types import FrameType
 import click
 
 from .. import __version__
-from ..errors import SurgeryError, UsageError
+from ..errors import OutputError, SurgeryError, UsageError
 from ..operations import OPERATIONS
 from ..reports import documents, terminal
 from .fix_clip import fix_clip_command
@@ -64,6 +64,8 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except _TerminatedError:
         return TERMINATED
+    except OSError as error:  # those of files are ours by now: it is stdout that can't be written
+        return _fail(OutputError(f"printing failed: {error.strerror}"), as_json=False, debug=debug)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -102,7 +104,7 @@ def _fail(error: SurgeryError, *, as_json: bool, debug: bool) -> int:
 def _usage(error: click.ClickException) -> UsageError:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "sdsurgery"
-    return UsageError(error.format_message(), remedy=f"see {command} --help")
+    return UsageError(" ".join(error.format_message().split()), remedy=f"see {command} --help")
 
 
 def _internal(error: Exception) -> SurgeryError:

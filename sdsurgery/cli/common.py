@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ import click
 
 from .. import progress
 from ..checkpoint import Change, Checkpoint
-from ..containers import container_for, save
+from ..containers import open as open_checkpoint
+from ..containers import save
 from ..containers.patching import patch_in_place
-from ..errors import OutputExistsError, UsageError
+from ..containers.saving import SUFFIXES, check_target, losses, target_container
+from ..errors import OutputError, UsageError
 from ..operations import Operation
 from ..reports import documents, terminal
 from .bars import Bars
@@ -66,12 +67,6 @@ def write_options(function: Function) -> Function:
     return gathered  # type: ignore[return-value]
 
 
-def apply(checkpoint: Checkpoint, operations: Sequence[Operation], options: WriteOptions) -> Checkpoint:
-    """Apply the operations, with progress shown where somebody looks."""
-    with listening(quiet=options.quiet):
-        return checkpoint.pipe(*operations)
-
-
 @contextlib.contextmanager
 def listening(*, quiet: bool) -> Iterator[None]:
     """Show progress on a terminal."""
@@ -80,31 +75,43 @@ def listening(*, quiet: bool) -> Iterator[None]:
         yield
 
 
-def write(checkpoint: Checkpoint, options: WriteOptions, default: Path, *, only_if_changed: bool) -> None:
-    """Write the result where the options say, and report it.
+def perform(model: Path, operations: Sequence[Operation], options: WriteOptions, *, label: str) -> None:
+    """Open the model, apply the operations, write the result where the options say, and report it.
 
-    Args:
-        checkpoint: After the operations.
-        options: Of the command.
-        default: The name where none is given.
-        only_if_changed: Whether nothing is written under the default name when nothing changed.
+    Without ``-o`` and ``--in-place`` it goes to ``NAME.label.safetensors``, and only if something changed. A dry run
+    does and refuses all that a real one would, up to the first byte written.
     """
-    source = checkpoint.origin.file.path if checkpoint.origin else default
-    target = source if options.in_place else options.output or default
-    changed = bool(checkpoint.changes)
-    written: Path | None = None
-    dropped: tuple[Change, ...] = ()
-    if not options.dry_run and (changed or options.output is not None or not only_if_changed):
-        _refuse_existing(target, options)
-        with listening(quiet=options.quiet):
-            if not (options.in_place and _only_ids(checkpoint) and patch_in_place(checkpoint)):
-                dropped = save(checkpoint, target, force=options.force, in_place=options.in_place).changes
-        written = target
-    if options.json:
-        document = documents.written(checkpoint, written, dropped, dry_run=options.dry_run)
-        click.echo(documents.text(document))
-    else:
-        _print(checkpoint, written, dropped, options, target)
+    checkpoint = open_checkpoint(model)
+    target = model if options.in_place else options.output or beside(model, label)
+    target_container(checkpoint, target, in_place=options.in_place)
+    if options.in_place or options.output is not None:
+        check_target(checkpoint, target, force=options.force, in_place=options.in_place)
+    with listening(quiet=options.quiet):
+        result = checkpoint.pipe(*operations)
+        lost = losses(result, target, in_place=options.in_place)
+        writes = bool(result.changes) or options.output is not None
+        if writes:
+            check_target(result, target, force=options.force, in_place=options.in_place)
+            _refuse_loss(result, target, options)
+        if writes and not options.dry_run:
+            if options.in_place and _only_ids(result) and patch_in_place(result):
+                lost = ()
+            else:
+                save(result, target, force=options.force, in_place=options.in_place)
+    report = _Report(result, lost if writes else (), target, writes=writes, options=options)
+    report.print_json() if options.json else report.print_text()
+
+
+def _refuse_loss(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> None:
+    """In place, what the file holds beside its state dict would be gone for good."""
+    precious = [entry for entry in checkpoint.aside if entry.tensors]
+    if options.in_place and precious and not options.force:
+        listed = ", ".join(f"{entry.name} ({entry.what})" for entry in precious)
+        raise OutputError(
+            f"writing in place would lose {listed}",
+            file=target,
+            remedy="write to another file with -o, or insist with --force",
+        )
 
 
 def _only_ids(checkpoint: Checkpoint) -> bool:
@@ -112,38 +119,39 @@ def _only_ids(checkpoint: Checkpoint) -> bool:
     return all(change.kind == "replaced" and change.key.endswith("position_ids") for change in checkpoint.changes)
 
 
-def _print(
-    checkpoint: Checkpoint, written: Path | None, dropped: tuple[Change, ...], options: WriteOptions, target: Path
-) -> None:
-    for line in terminal.warnings(checkpoint):
-        click.echo(line, err=True)
-    if options.quiet:
-        return
-    for line in terminal.steps(checkpoint, dropped):
-        click.echo(line)
-    if written is not None:
-        click.echo(f"wrote {written} ({terminal.human_bytes(written.stat().st_size)})")
-    elif options.dry_run:
-        click.echo(f"dry run: nothing written; it would go to {target}")
-    else:
-        click.echo("nothing to change, nothing written")
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What was done, or would be."""
+
+    checkpoint: Checkpoint
+    lost: tuple[Change, ...]
+    target: Path
+    writes: bool
+    options: WriteOptions
+
+    def print_json(self) -> None:
+        """One document."""
+        output = self.target if self.writes and not self.options.dry_run else None
+        document = documents.written(self.checkpoint, output, self.lost, dry_run=self.options.dry_run)
+        click.echo(documents.text(document))
+
+    def print_text(self) -> None:
+        """Warnings on stderr, the rest on stdout."""
+        for line in terminal.warnings(self.checkpoint, self.lost):
+            click.echo(line, err=True)
+        if self.options.quiet:
+            return
+        for line in terminal.steps(self.checkpoint, self.lost):
+            click.echo(line)
+        if not self.writes:
+            click.echo("nothing to change, nothing written")
+        elif self.options.dry_run:
+            click.echo(f"dry run: {self.target} would be written")
+        else:
+            click.echo(f"wrote {self.target} ({terminal.human_bytes(self.target.stat().st_size)})")
 
 
-def _refuse_existing(target: Path, options: WriteOptions) -> None:
-    """Tell early what save would tell late."""
-    container_for(target)
-    if target.exists() and not (options.force or options.in_place):
-        raise OutputExistsError("it exists already", file=target, remedy="use --force, or choose another name with -o")
-
-
-def check_target(options: WriteOptions, default: Path) -> None:
-    """Refuse a bad name before any weight is looked at."""
-    if not options.dry_run and not options.in_place and options.output is not None:
-        _refuse_existing(options.output, options)
-    elif options.in_place:
-        container_for(default)
-
-
-def beside(model: Path, what: str) -> Path:
-    """``NAME.what.safetensors`` beside the model, the name that a command chooses by itself."""
-    return Path(os.path.normpath(model)).with_suffix(f".{what}.safetensors")
+def beside(model: Path, label: str) -> Path:
+    """``NAME.label.safetensors`` beside the model, the name that a command chooses by itself."""
+    stem = model.name.removesuffix(model.suffix) if model.suffix.lower() in SUFFIXES else model.name
+    return model.with_name(f"{stem}.{label}.safetensors")

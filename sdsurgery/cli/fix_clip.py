@@ -13,7 +13,7 @@ from ..models.identify import identify
 from ..models.position_ids import diagnose
 from ..operations import FixClip
 from ..reports import documents, terminal
-from .common import MODEL, WriteOptions, apply, beside, check_target, write, write_options
+from .common import MODEL, WriteOptions, perform, write_options
 from .surgery import command
 
 _CHECK = click.option("--check", is_flag=True, help="Only diagnose: exit 0 when nothing needs mending, 1 otherwise.")
@@ -28,9 +28,7 @@ def fix_clip_command() -> click.Command:
             raise UsageError("--check writes nothing", remedy="leave out --check, or -o and --in-place")
         if check:
             return _check(model, FixClip(**values), options)
-        check_target(options, model)
-        checkpoint = apply(open_checkpoint(model), [FixClip(**values)], options)
-        write(checkpoint, options, beside(model, FixClip.label), only_if_changed=True)
+        perform(model, [FixClip(**values)], options, label=FixClip.label)
         return 0
 
     return command(FixClip.name, FixClip, callback, [MODEL, _CHECK])
@@ -48,7 +46,7 @@ def _check(model: Path, operation: FixClip, options: WriteOptions) -> int:
         }
         click.echo(documents.text(document))
     else:
-        for line in terminal.warnings(fixed):
+        for line in terminal.warnings(fixed, ()):
             click.echo(line, err=True)
         if not options.quiet:
             for line in terminal.steps(fixed, ()):

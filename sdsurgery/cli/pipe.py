@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from ..containers import open as open_checkpoint
 from ..errors import UsageError
 from ..operations import OPERATIONS, Operation
-from .common import MODEL, WriteOptions, apply, beside, check_target, write, write_options
+from .common import MODEL, WriteOptions, perform, write_options
 from .surgery import build, command
 
 _SEPARATOR = "+"
@@ -45,9 +44,7 @@ def pipe_command() -> click.Command:
         if options.output is None and not options.in_place and not options.dry_run:
             raise UsageError("pipe needs a place to write to", remedy="give -o OUT or --in-place")
         operations = _operations(context, context.meta["operations"], options)
-        check_target(options, model)
-        checkpoint = apply(open_checkpoint(model), operations, options)
-        write(checkpoint, options, beside(model, Operation.label), only_if_changed=True)
+        perform(model, operations, options, label=Operation.label)
 
     return pipe
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from ..containers import open as open_checkpoint
+from ..errors import UsageError
 from ..operations import Operation
 from ..operations.base import Declared
-from .common import MODEL, WriteOptions, apply, beside, check_target, write, write_options
+from .common import MODEL, WriteOptions, perform, write_options
 
 _SHARED = {"force"}
 """Fields that are set by an option that every command has."""
@@ -25,10 +25,7 @@ def surgery_command(operation: type[Operation]) -> click.Command:
 
     def callback(model: Path, options: WriteOptions, **values: Any) -> None:
         made = build(operation, values, options)
-        default = beside(model, made.label)
-        check_target(options, model)
-        checkpoint = apply(open_checkpoint(model), [made], options)
-        write(checkpoint, options, default, only_if_changed=True)
+        perform(model, [made], options, label=made.label)
 
     return command(operation.name, operation, write_options(callback), [MODEL])
 
@@ -47,6 +44,10 @@ def command(
 
 def build(operation: type[Operation], values: dict[str, Any], options: WriteOptions) -> Operation:
     """The operation that parsed values name."""
+    if options.in_place and not operation.whole:
+        raise UsageError(
+            f"{operation.name} would replace the model by a part of it", remedy="write to another file with -o"
+        )
     shared = {declared.field.name for declared in operation.declared()} & _SHARED
     return operation(**values, **{name: getattr(options, name) for name in shared})
 

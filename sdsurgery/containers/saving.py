@@ -14,7 +14,7 @@ from ..sources import Data, FileSlice, SourceFile
 from . import safetensors
 from .writing import AtomicFile
 
-_SUFFIXES = {
+SUFFIXES = {
     ".safetensors": safetensors.NAME,
     ".sft": safetensors.NAME,
     ".ckpt": "torch-zip",
@@ -22,6 +22,7 @@ _SUFFIXES = {
     ".pth": "torch-zip",
     ".bin": "torch-zip",
 }
+"""What a file's name says about its container."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,12 @@ def container_for(path: str | os.PathLike[str]) -> str:
         UsageError: If the suffix tells of none.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise UsageError(
             f"{Path(path).name!r} doesn't say what to write",
-            remedy=f"give it one of the suffixes {', '.join(_SUFFIXES)}",
+            remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}",
         )
-    return _SUFFIXES[suffix]
+    return SUFFIXES[suffix]
 
 
 def save(

@@ -228,7 +228,7 @@ def checkpoint_of(value: Any, container: str, file: SourceFile, place: Callable[
         metadata = value[METADATA_KEY]
         left = [(key, entry) for key, entry in left if entry is not metadata]
     describe = _Describer()
-    aside = tuple(Aside(_shown(key), describe(entry)) for key, entry in left)
+    aside = tuple(describe.aside(_shown(key), entry) for key, entry in left)
     return Checkpoint(tensors, metadata, origin=Origin(container, file, aside))
 
 
@@ -290,7 +290,16 @@ class _Describer:
     def __init__(self) -> None:
         self._left = _MOST_LOOKED_AT
 
+    def aside(self, name: str, value: Any) -> Aside:
+        """What lies beside a state dict under that name."""
+        inside = self._count_tensors(value)
+        return Aside(name, self._words(value, inside), inside)
+
     def __call__(self, value: Any) -> str:
+        return self._words(value, self._count_tensors(value))
+
+    @staticmethod
+    def _words(value: Any, inside: int) -> str:
         if isinstance(value, View):
             return f"tensor {value.dtype}{list(value.shape)}"
         if isinstance(value, Storage):
@@ -301,7 +310,6 @@ class _Describer:
             return f"{type(value).__name__} of length {len(value)}"
         if isinstance(value, Call | Global):
             return f"object {value!s:.80}"
-        inside = self._count_tensors(value)
         return f"{type(value).__name__} of {len(value)}" + (f", {inside} tensors inside" if inside else "")
 
     def _count_tensors(self, value: Any) -> int:

@@ -51,6 +51,8 @@ class Operation(ABC):
     """Base of all operations; calling one with a checkpoint gives another."""
 
     name: ClassVar[str]
+    whole: ClassVar[bool] = True
+    """Whether the result is still the model, and may take its place."""
     label: str = "fixed"
     """What stands in the name of an output that the user didn't name: ``NAME.fixed.safetensors``."""
 

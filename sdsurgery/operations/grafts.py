@@ -76,6 +76,7 @@ class Extract(Operation):
     """
 
     name: ClassVar[str] = "extract"
+    whole: ClassVar[bool] = False
 
     component: Annotated[tuple[ComponentName, ...], Param("Which component; may be given several times.")]
     keep_prefix: Annotated[bool, Param("Keep the keys as they are in the model, for one component too.")] = False

@@ -13,7 +13,7 @@ from ..models.identify import VAE_PREFIX, Model, identify
 from .base import Operation, Param
 from .grafts import same_bytes, without_aside
 
-Group = Literal["ema", "schedule", "training", "non-tensors"]
+Group = Literal["ema", "schedule", "training"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Prune(Operation):
             notes.append(Note(f"{group}: {len(keys)} tensors, {freed:,} bytes"))
             changes += [Change(key, "dropped", str(tensors.pop(key))) for key in keys]
         result = checkpoint
-        if checkpoint.aside and "non-tensors" not in self.keep:
+        if checkpoint.aside:
             notes.append(Note(f"non-tensors: {len(checkpoint.aside)} entries"))
             changes += [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
             result = without_aside(checkpoint)

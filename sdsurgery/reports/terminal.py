@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from ..checkpoint import Change, Checkpoint, Step
 from ..errors import SurgeryError
@@ -22,19 +22,21 @@ def error(failure: SurgeryError) -> str:
     return f"sdsurgery: {printable(str(failure))}{remedy}"
 
 
-def warnings(checkpoint: Checkpoint) -> Iterator[str]:
-    """The findings that were not mended."""
+def warnings(checkpoint: Checkpoint, lost: Collection[Change]) -> Iterator[str]:
+    """The findings that were not mended, and tensors beside the state dict that the output doesn't hold."""
     for note in checkpoint.notes:
         if note.level == "warning":
             yield printable(f"warning: {note.message}")
+    for entry in checkpoint.aside if lost else ():
+        if entry.tensors:
+            yield printable(f"warning: not carried over: {entry.name}, {entry.what}")
 
 
-def steps(checkpoint: Checkpoint, dropped: Iterable[Change]) -> Iterator[str]:
+def steps(checkpoint: Checkpoint, lost: Collection[Change]) -> Iterator[str]:
     """What was done, operation by operation."""
     for step in checkpoint.steps:
         yield step.operation
         yield from _step(step)
-    lost = list(dropped)
     if lost:
         yield "not carried over"
         yield from _changes(lost)
@@ -73,7 +75,7 @@ def _change(change: Change) -> str:
 def human_bytes(count: float) -> str:
     """A size in the units of disks and downloads: powers of 1000."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
