@@ -7,6 +7,7 @@ stays small and a file that shrinks under us is an error and not a crash.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 from collections import deque
@@ -71,6 +72,13 @@ class SourceFile:
     def links(self) -> int:
         """How many names the file has."""
         return self._stat.st_nlink
+
+    @property
+    def known_sha256(self) -> str | None:
+        """The SHA-256, where it is known without reading the file: a Hugging Face cache names its blobs by it."""
+        real = self.path.resolve()
+        named = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
+        return real.name if named else None
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to since it was opened, so that no mixture of two states is kept."""

@@ -93,6 +93,7 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
         if writes:
             check_target(result, target, force=options.force, in_place=options.in_place)
             _refuse_loss(result, target, options)
+            _warn_of_cache(target, options)
         if writes and not options.dry_run:
             if options.in_place and _only_ids(result) and patch_in_place(result):
                 lost = ()
@@ -100,6 +101,12 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
                 save(result, target, force=options.force, in_place=options.in_place)
     report = _Report(result, lost if writes else (), target, writes=writes, options=options)
     report.print_json() if options.json else report.print_text()
+
+
+def _warn_of_cache(target: Path, options: WriteOptions) -> None:
+    real = target.resolve()
+    if options.in_place and real.parent.name == "blobs" and real.parent != target.parent:
+        click.echo(f"warning: {target} leads into a Hugging Face cache, whose other revisions share the file", err=True)
 
 
 def _refuse_loss(checkpoint: Checkpoint, target: Path, options: WriteOptions) -> None:

@@ -146,7 +146,9 @@ def losses(checkpoint: Checkpoint, target: Path, *, in_place: bool = False) -> t
 def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...], dict[str, str]]:
     """The metadata to write, and what can't be carried over."""
     dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
-    metadata = history.with_history(checkpoint.metadata, checkpoint.steps)
+    source = checkpoint.origin.file.known_sha256 if checkpoint.origin else None
+    facts = {"source_sha256": source} if source else {}
+    metadata = history.with_history(checkpoint.metadata, checkpoint.steps, **facts)
     if not (container == safetensors.NAME and _keeps_data(checkpoint)):
         stale = [name for name in history.HASH_KEYS if name in metadata]
         dropped.extend(Change(name, "metadata", metadata.pop(name), None) for name in stale)

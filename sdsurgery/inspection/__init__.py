@@ -1,5 +1,5 @@
 """Questions that change nothing."""
 
-from .inspecting import Inspection, inspect
+from .inspecting import ComponentReport, Inspection, inspect
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["ComponentReport", "Inspection", "inspect"]

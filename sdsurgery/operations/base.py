@@ -116,5 +116,7 @@ def opened(source: Source) -> Checkpoint:
 
 def input_record(checkpoint: Checkpoint, sha256: str | None = None) -> tuple[Input, ...]:
     """How a further file is recorded."""
-    name = checkpoint.origin.file.path.name if checkpoint.origin else "in memory"
-    return (Input(name, sha256),)
+    if checkpoint.origin is None:
+        return (Input("in memory"),)
+    file = checkpoint.origin.file
+    return (Input(file.path.name, sha256 or file.known_sha256),)

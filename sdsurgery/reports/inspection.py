@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..inspection import Inspection
+from ..inspection import ComponentReport, Inspection
 from ..inspection.hashes import FileHashes
 from .terminal import human_bytes, printable
 
@@ -75,7 +75,9 @@ def _components(found: Inspection) -> Table:
         verdict = Text("yes" if report.complete else "no", style="green" if report.complete else "red")
         if not report.checked:
             verdict = Text("not known", style="yellow")
-        if faults:
+        if _is_pruned_ema(name, report):
+            verdict = Text("pruned, two scalars left")
+        elif faults:
             verdict.append(": " + ", ".join(faults), style="yellow")
         table.add_row(
             name, f"{report.tensors:,}", f"{report.parameters:,}", human_bytes(report.nbytes), dtypes, verdict
@@ -83,8 +85,15 @@ def _components(found: Inspection) -> Table:
     return table
 
 
+def _is_pruned_ema(name: str, report: ComponentReport) -> bool:
+    """Files published as "emaonly" keep LitEma's scalars alone; that is no damage."""
+    return name == "ema" and report.parameters == report.tensors <= 2
+
+
 def _faults(console: Console, found: Inspection) -> None:
     for name, report in found.components.items():
+        if _is_pruned_ema(name, report):
+            continue
         for what, keys in (("missing", report.missing), ("unexpected", report.unexpected)):
             if keys:
                 more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
