@@ -56,5 +56,13 @@ def with_history(metadata: Mapping[str, str], steps: Sequence[Step], **facts: st
         return dict(metadata)
     record = {"schema_version": SCHEMA_VERSION, "steps": [*recorded(metadata), *done]}
     # transformers refuses a safetensors file that has metadata without a format.
-    result = {"format": "pt", **metadata}
-    return result | {METADATA_KEY: json.dumps(record, ensure_ascii=False, separators=(",", ":"), sort_keys=True)}
+    return {"format": "pt", **metadata, METADATA_KEY: _as_text(record)}
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a file may hold bytes that are no text
+        return json.dumps(record, separators=(",", ":"), sort_keys=True)
+    return text

@@ -76,7 +76,7 @@ class SourceFile:
     @property
     def known_sha256(self) -> str | None:
         """The SHA-256, where it is known without reading the file: a Hugging Face cache names its blobs by it."""
-        real = self.path.resolve()
+        real = Path(os.path.realpath(self.path))
         named = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
         return real.name if named else None
 

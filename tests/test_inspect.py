@@ -80,7 +80,7 @@ def nbytes(tensors: dict[str, Raw]) -> int:
 
 
 def test_every_fixture_is_tried() -> None:
-    assert READABLE == sorted(EXPECTED)
+    assert sorted(EXPECTED) == READABLE
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -305,7 +305,7 @@ def test_text_is_readable_at_80_columns(name: str, tmp_path: Path) -> None:
     if name == "sd1-odd":
         tensors = {**synthetic.model("sd1"), "v_pred": np.zeros(0, np.float16), "\x1b[2Jkey\n": np.ones(2)}
         del tensors["first_stage_model.quant_conv.bias"]
-        tensors["model.diffusion_model.out.2.bias"] = np.ones(3, np.float16)
+        tensors["model.diffusion_model.out.0.bias"] = np.ones(3, np.float16)
         path = write(tmp_path / "model.safetensors", tensors, {"title\x1b[31m": "[bold]x[/bold]\n" * 20})
     result = shell("inspect", path, "--hash", COLUMNS="80")
     assert (result.code, result.err) == (0, "")
@@ -326,7 +326,7 @@ def test_text_is_readable_at_80_columns(name: str, tmp_path: Path) -> None:
     assert "\x1b" not in result.out
     if name == "sd1-odd":
         assert "first_stage_model.quant_conv.bias" in result.out
-        assert "model.diffusion_model.out.2.bias should be [4]" in result.out
+        assert "model.diffusion_model.out.0.bias should be [4]" in result.out
         assert r"other, unexpected: \x1b[2Jkey\n" in result.out
         assert r"metadata title\x1b[31m: [bold]x[/bold]\n" in result.out
 

@@ -458,8 +458,9 @@ def test_what_is_no_file_is_unreadable(scratch: Path) -> None:
 
     os.mkfifo(scratch / "pipe.safetensors")
     (scratch / "folder.safetensors").mkdir()
-    for name in ("missing.safetensors", "pipe.safetensors", "folder.safetensors"):
-        assert refusal(scratch / name) is not None
+    (scratch / "loop.safetensors").symlink_to("loop.safetensors")
+    for name in ("missing", "pipe", "folder", "loop", "x" * 300, "pipe.safetensors/inside"):
+        assert refusal(scratch / f"{name}.safetensors") is not None
     with pytest.raises(sd.SurgeryError) as caught:
         sd.open("nul\0byte.safetensors")
     assert caught.value.exit_code == 3

@@ -17,7 +17,7 @@ from ..containers import open as open_checkpoint
 from ..containers import save
 from ..containers.patching import patch_in_place
 from ..containers.saving import SUFFIXES, check_target, losses, target_container
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, SurgeryError, UsageError
 from ..operations import Operation
 from ..reports import documents, terminal
 from .bars import Bars
@@ -81,7 +81,13 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
     Without ``-o`` and ``--in-place`` it goes to ``NAME.label.safetensors``, and only if something changed. A dry run
     does and refuses all that a real one would, up to the first byte written.
     """
-    checkpoint = open_checkpoint(model)
+    try:
+        checkpoint = open_checkpoint(model)
+    except SurgeryError:
+        # Where several exit codes hold, the highest counts.
+        if options.output is not None:
+            _refuse_output(options.output, options)
+        raise
     target = model if options.in_place else options.output or beside(model, label)
     target_container(checkpoint, target, in_place=options.in_place)
     if options.in_place or options.output is not None:
@@ -101,6 +107,13 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
                 save(result, target, force=options.force, in_place=options.in_place)
     report = _Report(result, lost if writes else (), target, writes=writes, options=options)
     report.print_json() if options.json else report.print_text()
+
+
+def _refuse_output(output: Path, options: WriteOptions) -> None:
+    """Refuse an output that could not be written, whatever the input were."""
+    check_target(Checkpoint({}), output, force=options.force, in_place=False)
+    if not output.parent.is_dir():
+        raise OutputError("there is no such folder", file=output, remedy="make the folder first")
 
 
 def _warn_of_cache(target: Path, options: WriteOptions) -> None:

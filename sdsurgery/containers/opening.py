@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import ModuleType
 
 from ..checkpoint import Checkpoint
@@ -35,7 +34,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         HostileError: If it is a pickle that wants to run something.
         UnsupportedError: If it is nothing that can be read.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, also of names that are too long
         raise UnsupportedError(
             "it is a folder", file=path, remedy="name a checkpoint file, such as a .safetensors inside it"
         )

@@ -33,10 +33,17 @@ def patch_in_place(checkpoint: Checkpoint) -> bool:
         return False
     if any(name in checkpoint.metadata for name in history.HASH_KEYS):
         return False
-    found = _difference(open_checkpoint(origin.file.path), checkpoint)
+    now = open_checkpoint(origin.file.path)
+    if now.origin is None or now.origin.file.identity != origin.file.identity:
+        raise CorruptError(
+            "the file was replaced since it was opened",
+            file=origin.file.path,
+            remedy="wait until whatever writes it has finished, and run this again",
+        )
+    origin.file.check_unchanged()
+    found = _difference(now, checkpoint)
     if found is None:
         return False
-    origin.file.check_unchanged()
     offset, content = found
     try:
         fd = os.open(origin.file.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
@@ -56,15 +63,14 @@ def patch_in_place(checkpoint: Checkpoint) -> bool:
 
 def _difference(before: Checkpoint, after: Checkpoint) -> tuple[int, bytes] | None:
     """Offset and new bytes of the only tensor that differs, if it is small and its dtype and shape are the same."""
-    if before.keys() != after.keys() or before.origin is None:
+    if before.keys() != after.keys() or before.metadata != after.metadata:
         return None
     found: tuple[int, bytes] | None = None
     for key, old in before.items():
         new = after[key]
         if isinstance(new.data, FileSlice) and isinstance(old.data, FileSlice):
-            if new.data.file.identity != old.data.file.identity:
-                raise CorruptError("the file changed while it was being read", file=before.origin.file.path)
-            if (new.dtype, new.shape, new.data.offset) != (old.dtype, old.shape, old.data.offset):
+            place, old_place = (new.data.file.identity, new.data.offset), (old.data.file.identity, old.data.offset)
+            if (new.dtype, new.shape, place) != (old.dtype, old.shape, old_place):
                 return None
             continue
         same_size = (new.dtype, new.shape) == (old.dtype, old.shape) and new.nbytes <= _MOST_BYTES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import history, progress
 from ..checkpoint import Change, Checkpoint, Tensor
-from ..errors import OutputExistsError, UsageError
+from ..errors import OutputError, OutputExistsError, UsageError
 from ..sources import Data, FileSlice, SourceFile
 from . import safetensors
 from .writing import AtomicFile
@@ -123,8 +123,11 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place:
 
     Raises:
         OutputExistsError: If it is refused.
+        OutputError: If no file can be called that.
     """
-    if not target.exists():
+    if "\0" in str(target):
+        raise OutputError("not a file name: it holds a null byte", remedy="choose another name")
+    if not os.path.exists(target):  # noqa: PTH110 - unlike Path.exists, also of names that are too long
         return
     status = target.stat()
     main = checkpoint.origin.file if checkpoint.origin else None
@@ -161,7 +164,8 @@ def _keeps_data(checkpoint: Checkpoint) -> bool:
     if origin is None or origin.data_offset is None:
         return False
     runs = [run for run in _runs(tensor for _, tensor in safetensors.in_file_order(checkpoint.tensors)) if run.nbytes]
-    return runs == [FileSlice(origin.file, origin.data_offset, origin.file.size - origin.data_offset)]
+    length = origin.file.size - origin.data_offset
+    return runs == ([FileSlice(origin.file, origin.data_offset, length)] if length else [])
 
 
 def _runs(tensors: Iterable[Tensor]) -> Iterator[Data]:

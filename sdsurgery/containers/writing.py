@@ -104,12 +104,27 @@ class AtomicFile:
 
     def _create(self) -> int:
         flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
-            with contextlib.suppress(OSError):  # the file system has no nameless files: a hidden one does
-                return os.open(self.path.parent, flags | os.O_TMPFILE, 0o666)
+        if self._can_name_later(flags):
+            return os.open(self.path.parent, flags | os.O_TMPFILE, 0o666)
         # Noted before it exists, so that an interrupt between the two leaves nothing behind.
         self._hidden = self._hidden_name()
         return os.open(self._hidden, flags | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def _can_name_later(self, flags: int) -> bool:
+        """Whether a file without a name can be made here and named afterwards, tried out on an empty one."""
+        if not hasattr(os, "O_TMPFILE"):
+            return False
+        name = self._hidden_name()
+        try:
+            probe = os.open(self.path.parent, flags | os.O_TMPFILE, 0o600)
+            try:
+                self._link(f"/proc/self/fd/{probe}", name)
+            finally:
+                os.close(probe)
+                name.unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
 
     def _hidden_name(self) -> Path:
         return self.path.with_name(f".sdsurgery-{os.urandom(8).hex()}.partial")
@@ -197,6 +212,8 @@ class AtomicFile:
             while left:
                 try:
                     count = os.copy_file_range(source, self._fd, min(left, COPY_CHUNK), offset)
+                except InterruptedError:  # by a signal that nobody minds, such as a terminal's new size
+                    continue
                 except OSError as error:
                     if error.errno in _NO_KERNEL_COPY:
                         break
