@@ -416,6 +416,27 @@ def test_words_of_the_trade_in_any_order_never_fail(tensors: Shapes) -> None:
         assert inspect(checkpoint).family == model.family
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "embeddings." * 200_000 + "\n",
+        "cond_stage_model." + "embeddings." * 200_000 + "\n",
+        "cond_stage_model.transformer." + "encoder.layers." * 100_000,
+        "cond_stage_model.model.transformer.resblocks." + "9" * 5000 + ".x",
+        "text_model.encoder.layers." + "9" * 5000 + ".self_attn.q_proj.weight",
+        "module." * 200_000,
+        "." * 1_000_000,
+    ],
+    ids=lambda key: f"{key[:20]!r}",
+)
+def test_absurd_keys_are_read_in_no_time(key: str) -> None:
+    """A pattern that goes over such a key again and again would take minutes, and a number of its digits fail."""
+    assert of(shapes("sd1") | {key: (1,)}).family == "sd1"
+    model = of({key: (1,)})
+    assert model.family == "unknown"
+    assert [key for found in model.components.values() for key in found.all_keys()] == [key]
+
+
 def unclip() -> Shapes:
     """SD2.1 unCLIP: SD2's UNet with a vector embedding as the refiner has one."""
     unet = synthetic.configs("sd2", NARROW["sd2"])[UNET]

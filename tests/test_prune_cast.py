@@ -21,6 +21,7 @@ from synthetic import SD1_IDS, merged_ids
 import sdsurgery as sd
 from sdsurgery.dtypes import BY_NAME
 from sdsurgery.operations import cast as cast_module
+from sdsurgery.sources import InMemory
 
 UNET = "model.diffusion_model."
 TRAINED = FIXTURES / "sd1-full-ema.ckpt"
@@ -369,6 +370,16 @@ def test_cast_of_every_float_type_and_no_other(tmp_path: Path) -> None:
             assert value == raw_array(numbers.astype(np.float16), "F16")
         else:
             assert value == raw(model)[key]
+
+
+@pytest.mark.parametrize("name", ["F4", "F6_E2M3"])
+def test_cast_of_what_numpy_doesnt_know_is_refused(name: str) -> None:
+    dtype = BY_NAME[name]
+    tensors = {"first.weight": sd.Tensor.of(np.ones(4, np.float32))}
+    tensors["packed.weight"] = sd.Tensor(dtype, (8,), InMemory(bytes(dtype.nbytes((8,)))))
+    with pytest.raises(sd.SurgeryError, match=name) as caught:
+        sd.Cast("fp16")(sd.Checkpoint(tensors))
+    assert (caught.value.kind, caught.value.key) == ("unsupported", "packed.weight")
 
 
 def test_cast_of_scalars_and_of_nothing(tmp_path: Path) -> None:

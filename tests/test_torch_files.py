@@ -19,6 +19,7 @@ from container_support import FIXTURES, Raw, State, in_memory, random_state, raw
 from fuzz_torch_files import rezipped, tensors_in
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from make_fixtures import save_torch
 
 import sdsurgery as sd
 from sdsurgery import history
@@ -193,8 +194,9 @@ def test_a_small_storage_may_be_repeated_but_not_into_terabytes(scratch: Path) -
 
 
 def _module_state() -> Any:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    return model.state_dict()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).state_dict()
 
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -621,7 +623,11 @@ def _bases(folder: Path, *, legacy: bool) -> None:
         _module_state(),
     ]
     for number, value in enumerate(values):
-        (folder / f"base-{number}").write_bytes(torch_bytes(value, legacy=legacy))
+        path = folder / f"base-{number}"
+        if legacy:
+            save_torch(value, path, legacy=True)  # which numbers the storages, so that the bytes are always the same
+        else:
+            path.write_bytes(torch_bytes(value))
 
 
 def _fuzz(scratch: Path, number: int, count: int) -> None:

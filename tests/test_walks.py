@@ -252,6 +252,27 @@ def test_clips_of_any_width_fit_transformers(
     assert_clip_fits("cond_stage_model.transformer.", config)
 
 
+@given(WIDTH, WIDTH, st.integers(3, 50), st.integers(1, 300), WIDTH)
+@settings(max_examples=12)
+def test_open_clips_of_any_width_fit_transformers(
+    width: int, inner: int, vocabulary: int, positions: int, projection: int
+) -> None:
+    """The projection is transposed, which square ones, as all published are, don't show."""
+    config = OpenClipConfig(32, False, width, inner, vocabulary, positions, projection)
+    assert_open_clip_fits("conditioner.embedders.1.model.", config)
+
+
+@pytest.mark.parametrize(
+    ("family", "places"),
+    [("sd1", "2.1 5.2 8.2"), ("sd2", "2.1 5.2 8.2"), ("sdxl", "2.2 5.2"), ("sdxl-refiner", "2.1 5.2 8.2")],
+)
+def test_the_upsamplers_places(family: str, places: str) -> None:
+    """They come behind the attention where there is one. diffusers looks for them in both places."""
+    names = [weight.name for weight in walk(full(family, "model.diffusion_model."))]
+    found = [name.split(".", 1)[1].removesuffix(".conv.bias") for name in names if name.endswith(".conv.bias")]
+    assert found == places.split()
+
+
 def full(family: str, prefix: str) -> Config:
     return synthetic.configs(family, synthetic.FULL[family])[prefix]
 

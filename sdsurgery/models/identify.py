@@ -22,7 +22,7 @@ VAE_PREFIX = "first_stage_model."
 _TEXT_ROOTS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 
 _WRAPPER = re.compile(r"(?:(?:module|state_dict)\.)+")
-_CLIP_NAME = re.compile(r"(?P<path>(?:.*?\.)?)(?P<name>(?:embeddings|encoder\.layers|final_layer_norm)\..+)")
+_CLIP_NAME = re.compile(r"(?P<path>(?:.*?\.)?)(?P<name>(?:embeddings|encoder\.layers|final_layer_norm)\..+)", re.DOTALL)
 
 UNETS: Mapping[str, UNetConfig] = {
     "sd1": UNetConfig(depths=(1, 1, 1, 0), middle=1, linear=False, channels=(320, 640, 1280, 1280)),

@@ -49,7 +49,9 @@ class Cast(Operation):
         _require(model, checkpoint, self.component)
         castable = _castable(checkpoint, model, self.component)
         chosen = {key: tensor for key, tensor in checkpoint.items() if key in castable and tensor.dtype is not target}
-        remedy = "cast to bf16, leave the component out, or choose --on-overflow clip"
+        remedy = "leave the component out, or choose --on-overflow clip"
+        if target.name == "F16":
+            remedy = "cast to bf16, " + remedy
         notes = list(check_values(chosen, target, checkpoint, remedy, self.on_overflow))
         if not chosen:
             notes.append(Note(f"every weight is {self.dtype} already" if castable else "it has no weights to cast"))
@@ -103,8 +105,6 @@ def _arrays(tensor: Tensor, size: int) -> Iterator[Any]:
     """The elements as flat NumPy arrays of about ``size`` bytes."""
     import numpy as np
 
-    if tensor.dtype.numpy is None:
-        raise UnsupportedError(f"elements of type {tensor.dtype} can't be cast", remedy="leave that tensor out")
     kind, item = tensor.dtype.to_numpy(), tensor.dtype.itemsize
     rest = b""
     for piece in tensor.chunks(max(item, size // item * item)):
@@ -156,10 +156,18 @@ def check_values(
 
     Raises:
         RefusedError: If finite values would become Inf and ``on_overflow`` is ``refuse``.
+        UnsupportedError: If a tensor's type has no values that NumPy knows.
     """
     overflowing: dict[str, int] = {}
     with progress.task(f"checking {len(tensors)} tensors", sum(tensor.nbytes for tensor in tensors.values())) as done:
         for key, tensor in tensors.items():
+            if tensor.dtype.numpy is None:
+                raise UnsupportedError(
+                    f"elements of type {tensor.dtype} can't be cast, such as those of {key}",
+                    file=checkpoint.origin.file.path if checkpoint.origin else None,
+                    key=key,
+                    remedy="cast the other components, with --component",
+                )
             nan, infinite, overflow = _count_special(tensor, target, done)
             if nan:
                 yield Note(f"{key} holds {nan} NaN", "warning", key)
