@@ -30,6 +30,7 @@ MAX_INDEX = 16 << 20
 _ROOT = "archive"
 _VERSION = b"3\n"
 _ALIGNMENT = 64
+_FOLDER = 0x10
 _MOST_AROUND_RECORD = 512  # twice the headers and the name, zip64 fields, padding
 _REMEDY = "download or copy it again"
 # What zipfile raises on archives that are broken in one way or another.
@@ -133,6 +134,9 @@ def _place(file: SourceFile, entry: zipfile.ZipInfo) -> FileSlice:
             file=file.path,
             remedy="unpack the archive and pack it again without compression (zip -0)",
         )
+    # torch takes such a record for empty, and its tensors from whatever was in memory.
+    if entry.external_attr & _FOLDER:
+        raise CorruptError(f"the record {entry.filename} is marked as a folder", file=file.path, remedy=_REMEDY)
     end = entry.header_offset + 30
     if entry.header_offset >= 0 and end <= file.size:
         local = file.read(entry.header_offset, 30)
