@@ -361,6 +361,14 @@ def test_reference_that_differs(tmp_path: Path) -> None:
     assert "text_model.final_layer_norm.weight, which is missing here" in messages
 
 
+def test_reference_says_nothing_of_the_ids(tmp_path: Path) -> None:
+    """They are right or wrong by themselves."""
+    without, whole = FIXTURES / "sd1-ids-missing.safetensors", FIXTURES / "sd1-ids-ok.safetensors"
+    assert cli("fix-clip", "--check", whole, "--reference", without).code == 0
+    result = cli("fix-clip", without, "--reference", whole, "-o", tmp_path / "out.safetensors", "--json")
+    assert [note for note in result.json["notes"] if note["level"] == "warning"] == []
+
+
 def test_reference_instead_of_the_built_in_table(tmp_path: Path) -> None:
     """A text encoder that lacks a weight is right beside a reference that lacks it too."""
     tensors = synthetic.model("sd1")

@@ -119,6 +119,7 @@ def test_from_python_it_is_the_same(tmp_path: Path) -> None:
         ["+", "fix-clip"],
         ["fix-clip", "+", "+", "prune"],
         ["fix-clip", "prune"],
+        ["fix-clip", ",", "prune"],
         ["mend"],
         ["fix-clip", "+", "mend"],
         ["fix-clip", "+", "inspect"],

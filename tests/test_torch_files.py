@@ -389,6 +389,15 @@ def test_a_name_twice_in_an_archive_is_refused(scratch: Path) -> None:
     assert "two records of one name" in str(refusal(path))
 
 
+def test_a_storage_that_is_marked_as_a_folder_is_refused(scratch: Path) -> None:
+    """torch.load gives uninitialized memory for it."""
+    content = torch_bytes({"a": torch.ones(3)})
+    place = content.rindex(b"PK\1\2", 0, content.rindex(b"archive/data/0"))
+    path = scratch / "model.ckpt"
+    path.write_bytes(content[: place + 38] + b"\x10" + content[place + 39 :])
+    assert "marked as a folder" in str(refusal(path))
+
+
 def test_an_archive_with_an_endless_index_is_refused_early(scratch: Path) -> None:
     """Half a million records in the index, none of them there: seconds and a hundred megabytes for zipfile."""
     entry = b"PK\1\2" + bytes(24) + struct.pack("<H", 6) + bytes(16)

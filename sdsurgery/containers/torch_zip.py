@@ -137,14 +137,14 @@ def _place(file: SourceFile, entry: zipfile.ZipInfo) -> FileSlice:
     # torch takes such a record for empty, and its tensors from whatever was in memory.
     if entry.external_attr & _FOLDER:
         raise CorruptError(f"the record {entry.filename} is marked as a folder", file=file.path, remedy=_REMEDY)
-    end = entry.header_offset + 30
+    name = entry.filename.encode()
+    end = entry.header_offset + 30 + len(name)
     if entry.header_offset >= 0 and end <= file.size:
-        local = file.read(entry.header_offset, 30)
+        local = file.read(entry.header_offset, 30 + len(name))
         named, extra = struct.unpack("<HH", local[26:30])
-        start, name = end + named + extra, entry.filename.encode()
-        sound = local[:4] == b"PK\x03\x04" and start + entry.file_size <= file.size and named == len(name)
-        if sound and file.read(end, named) == name:
-            return FileSlice(file, start, entry.file_size)
+        sound = local[:4] == b"PK\x03\x04" and named == len(name) and local[30:] == name
+        if sound and end + extra + entry.file_size <= file.size:
+            return FileSlice(file, end + extra, entry.file_size)
     raise CorruptError(f"the record {entry.filename} lies outside the file", file=file.path, remedy=_REMEDY)
 
 
@@ -182,8 +182,8 @@ def write(checkpoint: Checkpoint, index: bytes, out: AtomicFile) -> None:
     The records ``byteorder`` and ``.data/serialization_id`` of newer releases are left out, because loaders of
     A1111 from before June 2024 refuse them.
     """
-    stream = out.stream()
-    with zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
+    # Closed in any case: a buffer that is left with something to write complains when it is collected.
+    with out.stream() as stream, zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
         with archive.open(_entry("data.pkl", len(index), archive), "w") as record:
             record.write(index)
         for number, tensor in enumerate(checkpoint.values()):
@@ -192,7 +192,6 @@ def write(checkpoint: Checkpoint, index: bytes, out: AtomicFile) -> None:
                     record.write(piece)
         with archive.open(_entry("version", len(_VERSION), archive), "w") as record:
             record.write(_VERSION)
-    stream.flush()
 
 
 def _entry(name: str, nbytes: int, archive: zipfile.ZipFile) -> zipfile.ZipInfo:

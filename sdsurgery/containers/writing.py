@@ -202,7 +202,7 @@ class AtomicFile:
                 self.write(piece)
 
     def stream(self) -> io.BufferedRandom:
-        """A buffered file object over the same file, for libraries that want one; flush it when done."""
+        """A buffered file object over the same file, for libraries that want one; close it when done."""
         return io.BufferedRandom(_Raw(self), 1 << 20)
 
     def _copy(self, data: FileSlice) -> None:
