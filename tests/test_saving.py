@@ -702,7 +702,8 @@ def test_an_input_that_is_replaced_meanwhile_is_read_as_it_was(model: Path, tmp_
 
 _SLOW = """
 import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has its children ignore it
+# A shell that runs in the background has its children ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 how, where = sys.argv[1:3]
 if how == "named":
     del os.O_TMPFILE
