@@ -763,58 +763,57 @@ def _kill_after(seconds: float, *arguments: str | Path) -> int:
         return process.wait()
 
 
+def _reset(case: str, source: Path, target: Path, large: Path) -> str | None:
+    """Bring the folder into the state before a run, and tell what then lies under the output's name."""
+    if case == "in place":
+        if not source.exists() or digest(source) != digest(large):
+            shutil.copy(large, source)
+        return digest(large)
+    if not source.exists():
+        os.link(large, source)
+    target.unlink(missing_ok=True)
+    if case == "replaced":
+        target.write_bytes(b"old")
+        return digest(target)
+    return None
+
+
+def _check_leftovers(case: str, folder: Path, known: set[str]) -> None:
+    """A hidden name exists for an instant where naming is tried out, and before a replacement; nothing else may."""
+    for name in names(folder) - known:
+        assert name.startswith(".")
+        assert name.endswith(".partial")
+        if case in {"new", "pickle"} and has_nameless_files(folder):
+            assert (folder / name).stat().st_size == 0
+        (folder / name).unlink()
+
+
 @pytest.mark.parametrize("case", ["new", "replaced", "pickle", "in place"])
 def test_a_kill_at_any_instant_leaves_all_or_nothing(case: str, large: Path, tmp_path: Path) -> None:
     """Twenty-five kills a case, spread over the whole run and a little more."""
     chance = random.Random(case)
     source = tmp_path / "model.safetensors"
-    os.link(large, source)
-    if case == "in place":
-        source.unlink()
-        shutil.copy(large, source)
+    target = tmp_path / {"pickle": "out.ckpt", "in place": source.name}.get(case, "out.safetensors")
+    options = ["--in-place"] if case == "in place" else ["-o", target, "--force"][: 3 if case == "replaced" else 2]
     untouched, written = digest(large), large.stat().st_mtime_ns
-    output = {"pickle": "out.ckpt", "in place": source.name}.get(case, "out.safetensors")
-    target = tmp_path / output
-    arguments: list[str | Path] = ["fix-clip", source]
-    arguments += ["--in-place"] if case == "in place" else ["-o", target]
-    old = None
-    if case == "replaced":
-        target.write_bytes(b"old")
-        arguments.append("--force")
-        old = digest(target)
-    elif case == "in place":
-        old = untouched
 
+    before = _reset(case, source, target, large)
     begun = time.monotonic()
-    assert _kill_after(120, *arguments) == 0
+    assert _kill_after(120, "fix-clip", source, *options) == 0
     duration = time.monotonic() - begun
     complete = digest(target)
-    assert complete != old
-    allowed = {None, old, complete}
+    assert complete != before
 
     whole = 0
     for number in range(25):
-        if case == "replaced":
-            target.write_bytes(b"old")
-        elif case != "in place":
-            target.unlink()
-        elif digest(source) != untouched:
-            shutil.copy(large, source)
-        code = _kill_after(duration * (number + chance.random()) / 22, *arguments)
+        _reset(case, source, target, large)
+        code = _kill_after(duration * (number + chance.random()) / 22, "fix-clip", source, *options)
         found = digest(target) if target.exists() else None
-        assert found in allowed
+        assert found in {before, complete}
         assert found == complete or code != 0
         whole += found == complete
         assert large.stat().st_mtime_ns == written
-        left = names(tmp_path) - {source.name, output}
-        for name in left:  # a hidden name exists for an instant where naming is tried out, and before a replacement
-            assert name.startswith(".")
-            assert name.endswith(".partial")
-            if case in {"new", "pickle"} and has_nameless_files(tmp_path):
-                assert (tmp_path / name).stat().st_size == 0
-            (tmp_path / name).unlink()
-        if not target.exists():
-            target.touch()
+        _check_leftovers(case, tmp_path, {source.name, target.name})
     assert whole < 25  # some were killed in time
     assert digest(large) == untouched
 

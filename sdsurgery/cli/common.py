@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _refuse_output(output: Path, options: WriteOptions) -> None:
 
 
 def _warn_of_cache(target: Path, options: WriteOptions) -> None:
-    real = target.resolve()
+    real = Path(os.path.realpath(target))  # unlike resolve, this minds no loop of links
     if options.in_place and real.parent.name == "blobs" and real.parent != target.parent:
         click.echo(f"warning: {target} leads into a Hugging Face cache, whose other revisions share the file", err=True)
 
