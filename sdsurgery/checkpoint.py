@@ -15,6 +15,7 @@ from .sources import CHUNK, Buffer, Computed, Data, InMemory, SourceFile
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     import numpy as np
 
@@ -182,12 +183,54 @@ class Aside:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The file that a checkpoint was opened from."""
+    """What a checkpoint was opened from.
+
+    Attributes:
+        container: How its bytes lie.
+        path: The file or the folder.
+        file: The file; ``None`` for a folder.
+        aside: What it holds besides the state dict.
+        data_offset: Where the tensors' bytes begin, in a safetensors file.
+    """
 
     container: str
-    file: SourceFile
+    path: Path
+    file: SourceFile | None = None
     aside: tuple[Aside, ...] = ()
     data_offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of a model folder that holds weights, as it was opened.
+
+    Attributes:
+        name: Relative to the folder, with ``/``.
+        checkpoint: Its content under its own keys.
+        prefix: What the model's keys have before the file's own, such as ``unet/``.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    prefix: str
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors under the model's keys."""
+        return {self.prefix + key: tensor for key, tensor in self.checkpoint.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a model folder is besides its tensors.
+
+    Attributes:
+        files: Those that hold no weights (configs, tokenizers), by their names relative to the folder, with ``/``.
+        weights: Those that do, as they were opened; none in a folder that is yet to be written.
+    """
+
+    files: Mapping[str, Data]
+    weights: tuple[WeightFile, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,13 +241,17 @@ class Checkpoint(Mapping[str, Tensor]):
         tensors: The mapping itself, in the order of the file.
         metadata: String metadata as the container holds it.
         steps: The operations applied since it was opened.
-        origin: The file it was opened from, if any.
+        origin: What it was opened from, if anything.
+        folder: What belongs to it besides tensors where it lies in a folder, with keys such as ``unet/conv_in.weight``.
+        header: The exact safetensors header to write, where a file is restored as it was.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     origin: Origin | None = None
+    folder: Folder | None = None
+    header: bytes | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
@@ -238,9 +285,16 @@ class Checkpoint(Mapping[str, Tensor]):
     def files(self) -> tuple[SourceFile, ...]:
         """Every file that some tensor's bytes are read from, and the one it was opened from."""
         files = {file: None for tensor in self.tensors.values() for file in tensor.data.files}
-        if self.origin:
+        if self.folder:
+            files |= {file: None for data in self.folder.files.values() for file in data.files}
+        if self.origin and self.origin.file:
             files[self.origin.file] = None
         return tuple(files)
+
+    @property
+    def path(self) -> Path | None:
+        """The file or folder that it was opened from, if any."""
+        return self.origin.path if self.origin else None
 
     def pipe(self, *operations: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
         """The checkpoint after these operations, in order; no weight is read before :meth:`save` needs it."""
@@ -251,7 +305,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def evolve(self, tensors: Mapping[str, Tensor], step: Step, **changes: Any) -> Checkpoint:
         """The checkpoint with other tensors, and a step that tells why."""
-        return replace(self, tensors=tensors, steps=(*self.steps, step), **changes)
+        return replace(self, tensors=tensors, steps=(*self.steps, step), header=None, **changes)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Saved:
         """Write it; see :func:`sdsurgery.containers.save` for the options."""

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdsurgery as sd
-from sdsurgery.checkpoint import Origin
 from sdsurgery.inspection import hashes, inspect
 from sdsurgery.reports import documents
 from sdsurgery.sources import SourceFile
@@ -249,7 +248,7 @@ def test_hashes_of_files_of_any_size(size: int, tmp_path: Path) -> None:
     assert found == expected_hashes(model.read_bytes(), safetensors=True)
     other = tmp_path / "bytes"
     other.write_bytes(model.read_bytes()[-size:] if size else b"")
-    hashed = hashes.hash_file(Origin("bytes", SourceFile(other)))
+    hashed = hashes.hash_file(SourceFile(other))
     assert vars_of(hashed) == expected_hashes(other.read_bytes(), safetensors=False)
 
 
@@ -266,7 +265,7 @@ def test_known_values() -> None:
 def test_crc32_has_civitais_byte_order(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"hello world")
-    assert hashes.hash_file(Origin("bytes", SourceFile(path))).crc32 == "85114A0D"
+    assert hashes.hash_file(SourceFile(path)).crc32 == "85114A0D"
 
 
 @given(st.integers(1, 300_000), st.integers(0, 300_000))
@@ -281,7 +280,7 @@ def test_the_size_of_pieces_means_nothing(piece: int, header: int) -> None:
         content = bytes(range(256)) * 800
         path.write_bytes(content)
         header %= len(content) + 1
-        found = hashes.hash_file(Origin("safetensors", SourceFile(path), data_offset=header))
+        found = hashes.hash_file(SourceFile(path), header)
         assert found.tensor_data_sha256 == hashlib.sha256(content[header:]).hexdigest()
         assert found.sha256 == hashlib.sha256(content).hexdigest()
 

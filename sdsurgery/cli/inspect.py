@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..containers import open as open_checkpoint
+from ..errors import UsageError
 from ..inspection import inspect
 from ..reports import documents
 from .common import MODEL, listening
@@ -39,10 +40,12 @@ def inspect_command(
     found = inspect(checkpoint)
     computed = None
     if hashes and checkpoint.origin is not None:
+        if checkpoint.origin.file is None:
+            raise UsageError("a folder has no hash of its own", remedy="name one of its files, or leave out --hash")
         from ..inspection.hashes import hash_file
 
         with listening(quiet=quiet):
-            computed = hash_file(checkpoint.origin)
+            computed = hash_file(checkpoint.origin.file, checkpoint.origin.data_offset)
     if as_json:
         document = documents.inspection(found, computed, with_tensors=tensors)
         click.echo(documents.text(document))

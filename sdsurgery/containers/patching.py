@@ -29,12 +29,12 @@ def patch_in_place(checkpoint: Checkpoint) -> bool:
         OutputError: If the file can't be written.
     """
     origin = checkpoint.origin
-    if origin is None or origin.container != safetensors.NAME or origin.file.links > 1:
+    if origin is None or origin.file is None or origin.container != safetensors.NAME or origin.file.links > 1:
         return False
     if any(name in checkpoint.metadata for name in history.HASH_KEYS):
         return False
     now = open_checkpoint(origin.file.path)
-    if now.origin is None or now.origin.file.identity != origin.file.identity:
+    if now.origin is None or now.origin.file is None or now.origin.file.identity != origin.file.identity:
         raise CorruptError(
             "the file was replaced since it was opened",
             file=origin.file.path,

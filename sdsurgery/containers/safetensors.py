@@ -45,7 +45,7 @@ def read(file: SourceFile) -> Checkpoint:
     start = 8 + length
     tensors = {key: _tensor(file, key, entry, start) for key, entry in entries.items()}
     _check_coverage(file, tensors, start)
-    return Checkpoint(tensors, metadata, origin=Origin(NAME, file, data_offset=start))
+    return Checkpoint(tensors, metadata, origin=Origin(NAME, file.path, file, data_offset=start))
 
 
 def header_length(file: SourceFile) -> int:

@@ -149,7 +149,7 @@ def losses(checkpoint: Checkpoint, target: Path, *, in_place: bool = False) -> t
 def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...], dict[str, str]]:
     """The metadata to write, and what can't be carried over."""
     dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
-    source = checkpoint.origin.file.known_sha256 if checkpoint.origin else None
+    source = checkpoint.origin.file.known_sha256 if checkpoint.origin and checkpoint.origin.file else None
     facts = {"source_sha256": source} if source else {}
     metadata = history.with_history(checkpoint.metadata, checkpoint.steps, **facts)
     if not (container == safetensors.NAME and _keeps_data(checkpoint)):
@@ -161,7 +161,7 @@ def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...
 def _keeps_data(checkpoint: Checkpoint) -> bool:
     """Whether all bytes behind the header will be those of the file it was opened from, in the same order."""
     origin = checkpoint.origin
-    if origin is None or origin.data_offset is None:
+    if origin is None or origin.file is None or origin.data_offset is None:
         return False
     runs = [run for run in _runs(tensor for _, tensor in safetensors.in_file_order(checkpoint.tensors)) if run.nbytes]
     length = origin.file.size - origin.data_offset

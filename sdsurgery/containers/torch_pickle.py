@@ -229,7 +229,7 @@ def checkpoint_of(value: Any, container: str, file: SourceFile, place: Callable[
         left = [(key, entry) for key, entry in left if entry is not metadata]
     describe = _Describer()
     aside = tuple(describe.aside(_shown(key), entry) for key, entry in left)
-    return Checkpoint(tensors, metadata, origin=Origin(container, file, aside))
+    return Checkpoint(tensors, metadata, origin=Origin(container, file.path, file, aside))
 
 
 def _is_metadata(value: Any) -> bool:

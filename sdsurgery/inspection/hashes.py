@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from .. import progress
-from ..checkpoint import Origin
 from ..sources import SourceFile
 
 _CHUNK = 4 << 20
@@ -82,11 +81,10 @@ class _Worker:
         self._chunks.put(chunk)
 
 
-def hash_file(origin: Origin) -> FileHashes:
-    """All hashes of the file that a checkpoint was opened from."""
+def hash_file(file: SourceFile, data_offset: int | None = None) -> FileHashes:
+    """All hashes of a file; those of the tensors' bytes alone where it is told at which byte they begin."""
     import blake3 as blake3_library
 
-    file = origin.file
     whole, data, crc, blake3 = hashlib.sha256(), hashlib.sha256(), _Crc32(), blake3_library.blake3()
     with (
         progress.task(f"hashing {file.path.name}", file.size) as advance,
@@ -98,11 +96,11 @@ def hash_file(origin: Origin) -> FileHashes:
         for offset, chunk in _chunks(file, advance):
             for worker in (to_whole, to_crc, to_blake3):
                 worker.feed(chunk)
-            if origin.data_offset is not None and offset + len(chunk) > origin.data_offset:
-                to_data.feed(chunk[max(0, origin.data_offset - offset) :])
+            if data_offset is not None and offset + len(chunk) > data_offset:
+                to_data.feed(chunk[max(0, data_offset - offset) :])
     file.check_unchanged()
     legacy = file.read(_LEGACY_OFFSET, min(_LEGACY_LENGTH, max(0, file.size - _LEGACY_OFFSET)))
-    data_digest = data.hexdigest() if origin.data_offset is not None else None
+    data_digest = data.hexdigest() if data_offset is not None else None
     return FileHashes(
         sha256=whole.hexdigest(),
         autov1=hashlib.sha256(legacy).hexdigest()[:8],

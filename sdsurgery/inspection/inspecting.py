@@ -54,7 +54,7 @@ class Inspection:
         layout: How its weights are named.
         family: What model it is.
         evidence: How that was told.
-        file_bytes: Size of the file.
+        file_bytes: Size of the file, or of all files of a folder.
         tensors: The tensors themselves, headers only.
         components: By name.
         position_ids: Diagnosis of CLIP-L's.
@@ -92,12 +92,12 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     model = identify(checkpoint)
     origin = checkpoint.origin
     return Inspection(
-        path=str(origin.file.path) if origin else "",
+        path=str(origin.path) if origin else "",
         container=origin.container if origin else "memory",
         layout=model.layout,
         family=model.family,
         evidence=model.evidence,
-        file_bytes=origin.file.size if origin else 0,
+        file_bytes=sum(file.size for file in checkpoint.files),
         tensors=checkpoint.tensors,
         components={name: _report(checkpoint, found, model.wrapper) for name, found in model.components.items()},
         position_ids=diagnose(checkpoint, model),

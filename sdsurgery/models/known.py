@@ -88,7 +88,7 @@ def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
     for prefix, told in _ARCHITECTURES.items():
         if architecture.startswith(prefix):
             return Provenance(told, f"its metadata say {architecture}")
-    known = known_file(checkpoint.origin.file) if checkpoint.origin else None
+    known = known_file(checkpoint.origin.file) if checkpoint.origin and checkpoint.origin.file else None
     return Provenance(known.family, f"it is {known.name}", known.sha256) if known else Provenance()
 
 

@@ -103,7 +103,7 @@ def _choices(annotation: Any) -> tuple[str, ...]:
 
 def _recorded(value: Any) -> Any:
     if isinstance(value, Checkpoint):
-        return value.origin.file.path.name if value.origin else "in memory"
+        return value.path.name if value.path else "in memory"
     if isinstance(value, str | os.PathLike):
         return PureWindowsPath(value).name  # which knows the separators of every system
     return list(value) if isinstance(value, tuple) else value
@@ -119,4 +119,4 @@ def input_record(checkpoint: Checkpoint, sha256: str | None = None) -> tuple[Inp
     if checkpoint.origin is None:
         return (Input("in memory"),)
     file = checkpoint.origin.file
-    return (Input(file.path.name, sha256 or file.known_sha256),)
+    return (Input(checkpoint.origin.path.name, sha256 or (file.known_sha256 if file else None)),)

@@ -67,7 +67,7 @@ def _require(model: Model, checkpoint: Checkpoint, components: tuple[str, ...]) 
         if name not in model.components:
             raise MismatchError(
                 f"it has no {name}; it has {', '.join(model.components) or 'nothing that is known'}",
-                file=checkpoint.origin.file.path if checkpoint.origin else None,
+                file=checkpoint.path,
                 remedy="see what it holds: sdsurgery inspect",
             )
 
@@ -164,7 +164,7 @@ def check_values(
             if tensor.dtype.numpy is None:
                 raise UnsupportedError(
                     f"elements of type {tensor.dtype} can't be cast, such as those of {key}",
-                    file=checkpoint.origin.file.path if checkpoint.origin else None,
+                    file=checkpoint.path,
                     key=key,
                     remedy="cast the other components, with --component",
                 )
@@ -182,7 +182,7 @@ def check_values(
         raise RefusedError(
             f"{sum(overflowing.values())} values in {len(overflowing)} tensors are beyond {target}, "
             f"the first in {first}",
-            file=checkpoint.origin.file.path if checkpoint.origin else None,
+            file=checkpoint.path,
             key=first,
             remedy=remedy,
         )

@@ -76,7 +76,7 @@ class FixClip(Operation):
         if other_clip is None:
             raise MismatchError(
                 "the reference has no CLIP text encoder",
-                file=other.origin.file.path if other.origin else None,
+                file=other.path,
                 remedy="name an SD1.5 checkpoint with --reference",
             )
         return _against_reference(checkpoint, model.clip, other, other_clip)
@@ -116,7 +116,7 @@ def _apply(
         if new in tensors or (new != key and new in checkpoint and renames.get(new, new) == new):
             raise MismatchError(
                 f"{key!r} should be called {new!r}, but that exists too",
-                file=checkpoint.origin.file.path if checkpoint.origin else None,
+                file=checkpoint.path,
                 key=key,
                 remedy="drop one of the two first",
             )

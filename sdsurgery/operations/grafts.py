@@ -118,7 +118,7 @@ def without_aside(checkpoint: Checkpoint) -> Checkpoint:
 def _fault(
     kind: type[SurgeryError], message: str, checkpoint: Checkpoint, remedy: str, key: str | None = None
 ) -> SurgeryError:
-    file = checkpoint.origin.file.path if checkpoint.origin else None
+    file = checkpoint.path
     return kind(message, file=file, key=key, remedy=remedy)
 
 

@@ -84,7 +84,7 @@ def _take_ema(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor]) 
 def _no_ema(checkpoint: Checkpoint, message: str, key: str | None = None) -> MismatchError:
     return MismatchError(
         message,
-        file=checkpoint.origin.file.path if checkpoint.origin else None,
+        file=checkpoint.path,
         key=key,
         remedy="prune without --ema: the file's own UNet weights are kept",
     )
