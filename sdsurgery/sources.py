@@ -224,6 +224,130 @@ class Computed:
         return self.produce(size)
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Bytes that follow each other; made by :func:`joined`."""
+
+    parts: tuple[Data, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Every file that they are read from."""
+        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """See :meth:`Data.chunks`."""
+        for part in self.parts:
+            yield from part.chunks(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of bytes of others that lie in no file; made by :func:`part_of`."""
+
+    whole: Data
+    offset: int
+    nbytes: int
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Every file that they are read from."""
+        return self.whole.files
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """See :meth:`Data.chunks`."""
+        position, end = 0, self.offset + self.nbytes
+        for piece in self.whole.chunks(size):
+            view = memoryview(piece).cast("B")
+            wanted = view[max(0, self.offset - position) : max(0, end - position)]
+            if wanted:
+                yield wanted
+            position += len(view)
+            if position >= end:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """A matrix with rows and columns exchanged; made by :func:`transposed`.
+
+    Attributes:
+        data: The matrix as it lies, row by row.
+        rows: Rows that it has there.
+        itemsize: Bytes of an element: 1, 2, 4 or 8.
+    """
+
+    data: Data
+    rows: int
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return self.data.nbytes
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """Every file that they are read from."""
+        return self.data.files
+
+    def chunks(self, size: int = CHUNK) -> Iterator[Buffer]:
+        """See :meth:`Data.chunks`; holds the whole matrix, which for text encoders is a few megabytes."""
+        elements = memoryview(b"".join(self.data.chunks())).cast(_UNSIGNED[self.itemsize])  # type: ignore[call-overload]
+        columns = len(elements) // self.rows if self.rows else 0
+        turned = b"".join(elements[column::columns].tobytes() for column in range(columns))
+        yield from InMemory(turned).chunks(size)
+
+
+_UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def joined(parts: Iterable[Data]) -> Data:
+    """The parts as one, in the simplest form: those that follow each other in their source are that source again."""
+    simple: list[Data] = []
+    for part in parts:
+        for piece in part.parts if isinstance(part, Joined) else (part,):
+            merged = _merged(simple[-1], piece) if simple else None
+            if merged is None:
+                simple.append(piece)
+            else:
+                simple[-1] = merged
+    return simple[0] if len(simple) == 1 else Joined(tuple(simple))
+
+
+def _merged(one: Data, other: Data) -> Data | None:
+    """Two neighbours as one, or ``None`` where they are none."""
+    if isinstance(one, FileSlice) and isinstance(other, FileSlice):
+        adjacent = one.file is other.file and one.offset + one.nbytes == other.offset
+        return FileSlice(one.file, one.offset, one.nbytes + other.nbytes) if adjacent else None
+    if isinstance(one, Part) and isinstance(other, Part):
+        adjacent = one.whole == other.whole and one.offset + one.nbytes == other.offset
+        return part_of(one.whole, one.offset, one.nbytes + other.nbytes) if adjacent else None
+    return None
+
+
+def part_of(whole: Data, offset: int, nbytes: int) -> Data:
+    """A run of bytes of others, in the simplest form."""
+    if offset == 0 and nbytes == whole.nbytes:
+        return whole
+    if isinstance(whole, FileSlice):
+        return FileSlice(whole.file, whole.offset + offset, nbytes)
+    return Part(whole, offset, nbytes)
+
+
+def transposed(data: Data, shape: tuple[int, int], itemsize: int) -> Data:
+    """A matrix of this shape, transposed; twice transposed it is itself."""
+    rows, columns = shape
+    if isinstance(data, Transposed) and (data.rows, data.itemsize) == (columns, itemsize):
+        return data.data
+    return Transposed(data, rows, itemsize)
+
+
 def ahead(pieces: Iterable[Buffer], depth: int = 2) -> Iterator[Buffer]:
     """The same pieces, made by a second thread while the caller uses the ones before."""
     from concurrent.futures import Future, ThreadPoolExecutor

@@ -592,7 +592,7 @@ def test_a_missing_key_is_reported_and_nothing_else(family: str, data: st.DataOb
     tensors = shapes(family)
     optional = {
         "cond_stage_model.model." + weight.name
-        for weight in walk(OpenClipConfig(24, last_optional=True))
+        for weight in walk(OpenClipConfig(24, penultimate=True))
         if weight.optional
     } | {key for key in tensors if key.endswith("logit_scale")}
     key = data.draw(st.sampled_from(sorted(k for k in tensors if not k.endswith("position_ids"))))

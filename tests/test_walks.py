@@ -347,7 +347,7 @@ def test_ema_names_are_those_that_diffusers_looks_for() -> None:
 
 def test_optional_weights_are_those_that_published_models_lack() -> None:
     """WD 1.4's OpenCLIP has 280 keys of the 294."""
-    optional = [weight.name for weight in walk(OpenClipConfig(24, last_optional=True)) if weight.optional]
+    optional = [weight.name for weight in walk(OpenClipConfig(24, penultimate=True)) if weight.optional]
     assert len(optional) == 14
     assert {name.partition("resblocks.")[2].partition(".")[0] for name in optional} == {"23", ""}
     assert {name for name in optional if "resblocks" not in name} == {"text_projection", "logit_scale"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..checkpoint import Checkpoint, Tensor
-from .walks import Config, Weight
+from .walks import Config, Layout, Weight
 
 # Position ids are a buffer of transformers' CLIP and no weight; see position_ids.py.
 POSITION_IDS = "text_model.embeddings.position_ids"
@@ -46,6 +46,7 @@ class Component:
         table: Canonical name to the weight as it should be.
         stray: Keys that belong to it by their prefix and that it doesn't have.
         config: What the table was made from, where it is a network.
+        layout: Whose names the canonical ones are.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Component:
     table: Mapping[str, Weight]
     stray: tuple[str, ...] = ()
     config: Config | None = None
+    layout: Layout = "ldm"
 
     @cached_property
     def missing(self) -> tuple[str, ...]:

@@ -195,7 +195,7 @@ def _open_clip(names: Iterable[str]) -> OpenClipConfig:
     """
     matches = (re.match(r"transformer\.resblocks\.(\d{1,4})\.", name) for name in names)
     large = any(int(match.group(1)) >= 24 for match in matches if match)
-    return OpenClipConfig(layers=32) if large else OpenClipConfig(layers=24, last_optional=True)
+    return OpenClipConfig(layers=32) if large else OpenClipConfig(layers=24, penultimate=True)
 
 
 def _clip(
@@ -355,7 +355,7 @@ def _bare(candidate: str, checkpoint: Checkpoint, wrapper: str, names: Mapping[s
         config = VaeConfig()
     elif candidate == "open_clip":
         open_clip = _open_clip(names)
-        config, name = open_clip, "text_encoder" if open_clip.last_optional else "text_encoder_2"
+        config, name = open_clip, "text_encoder" if open_clip.penultimate else "text_encoder_2"
     found: Component | None = None
     if candidate == "text_encoder":
         found = _clip(checkpoint, wrapper, names, "text_model.", _LONE_CLIP_PATHS)
