@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdsurgery.models.components import ema_name
-from sdsurgery.models.identify import UNETS
+from sdsurgery.models.recognition import UNETS
 from sdsurgery.models.walks import (
     ClipConfig,
     Config,
