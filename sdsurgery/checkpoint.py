@@ -182,6 +182,11 @@ class Aside:
 
 
 @dataclass(frozen=True, slots=True)
+class AsideFile(Aside):
+    """A file or folder in a model folder that the checkpoint isn't made of: other variants, formats, hidden files."""
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """What a checkpoint was opened from.
 
@@ -227,10 +232,12 @@ class Folder:
     Attributes:
         files: Those that hold no weights (configs, tokenizers), by their names relative to the folder, with ``/``.
         weights: Those that do, as they were opened; none in a folder that is yet to be written.
+        indexes: The files that say in which shard a tensor lies, by their names, for components that are sharded.
     """
 
     files: Mapping[str, Data]
     weights: tuple[WeightFile, ...] = ()
+    indexes: Mapping[str, Data] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +250,8 @@ class Checkpoint(Mapping[str, Tensor]):
         steps: The operations applied since it was opened.
         origin: What it was opened from, if anything.
         folder: What belongs to it besides tensors where it lies in a folder, with keys such as ``unet/conv_in.weight``.
-        header: The exact safetensors header to write, where a file is restored as it was.
+        header: The exact header to write, where a safetensors file is restored as it was: its eight bytes of length,
+            and the JSON as it stood there.
     """
 
     tensors: Mapping[str, Tensor]

@@ -1,12 +1,13 @@
-"""Open a file by what is in it, whatever its name says."""
+"""Open a file by what is in it, whatever its name says, and a folder by its index."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 from ..checkpoint import Checkpoint
-from ..errors import CorruptError, InputError, UnreadableError, UnsupportedError
+from ..errors import CorruptError, InputError, UnreadableError, UnsupportedError, UsageError
 from ..sources import SourceFile
 from . import safetensors
 
@@ -23,31 +24,40 @@ _MISTAKEN = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], variant: str | None = None) -> Checkpoint:
     """Open a checkpoint; only its headers are read.
 
-    The container is told by the first bytes: safetensors, the zip format of ``torch.save``, or the legacy format.
+    A file's container is told by its first bytes: safetensors, the zip format of ``torch.save``, or the legacy format.
+    A folder is a diffusers folder, or one component of it.
+
+    Args:
+        path: The file or the folder.
+        variant: Which weights of a folder, such as ``fp16``; those without a variant unless given.
 
     Raises:
         UnreadableError: If the file can't be opened.
         CorruptError: If it contradicts itself.
-        HostileError: If it is a pickle that wants to run something.
+        HostileError: If it is a pickle that wants to run something, or a folder with a link that leads out of it.
         UnsupportedError: If it is nothing that can be read.
+        UsageError: If a variant of a single file is asked for.
     """
     if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, also of names that are too long
-        raise UnsupportedError(
-            "it is a folder", file=path, remedy="name a checkpoint file, such as a .safetensors inside it"
-        )
-    file = SourceFile(path)
-    head = file.read(0, min(file.size, 64))
-    container = _container(file, head)
+        from . import folders
+
+        return folders.read(Path(path), variant, _read)
+    if variant is not None:
+        raise UsageError(f"a single file has no variant {variant!r}", remedy="leave the variant out, or name a folder")
+    return _read(SourceFile(path))
+
+
+def _read(file: SourceFile) -> Checkpoint:
     try:
-        return container.read(file)  # type: ignore[no-any-return]
+        return _container(file, file.read(0, min(file.size, 64))).read(file)  # type: ignore[no-any-return]
     except InputError:
         file.close()
         raise
     except MemoryError as error:
-        raise UnreadableError("its header doesn't fit into memory", file=path) from error
+        raise UnreadableError("its header doesn't fit into memory", file=file.path) from error
 
 
 def _container(file: SourceFile, head: bytes) -> ModuleType:

@@ -40,7 +40,7 @@ def read(file: SourceFile) -> Checkpoint:
         CorruptError: If the header can't be read or contradicts the file.
     """
     length = header_length(file)
-    entries = _parse(file, file.read(8, length))
+    entries = json_object(file, file.read(8, length), "its header")
     metadata = _metadata(file, entries.pop(METADATA_KEY, None))
     start = 8 + length
     tensors = {key: _tensor(file, key, entry, start) for key, entry in entries.items()}
@@ -68,21 +68,26 @@ def _quoted(key: str) -> str:
     return repr(key if len(key) <= _MOST_SHOWN else key[:_MOST_SHOWN] + "…")
 
 
-def _parse(file: SourceFile, raw: bytes) -> dict[str, Any]:
+def json_object(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in a file, read more strictly than Python does; ``what`` names it in errors.
+
+    Raises:
+        CorruptError: If it is none, or names something twice.
+    """
     if raw[:1] != b"{":
-        raise _corrupt(file, "its header doesn't begin with '{'")
+        raise _corrupt(file, f"{what} doesn't begin with '{{'")
     # A tensor takes three brackets in fifty bytes. More than that is a table of nothing, made to fill the memory.
     if raw.count(b"[") + raw.count(b"{") > (1 << 20) + len(raw) // 16:
-        raise _corrupt(file, "its header is no table of tensors")
+        raise _corrupt(file, f"{what} is no table of tensors")
     try:
         entries = json.loads(
             raw.decode(), object_pairs_hook=_no_duplicates, parse_int=_whole, parse_constant=_no_constant
         )
         "".join(entries).encode()
     except RecursionError as error:
-        raise _corrupt(file, "its header nests too deeply") from error
+        raise _corrupt(file, f"{what} nests too deeply") from error
     except ValueError as error:
-        raise _corrupt(file, f"its header isn't valid: {error}") from error
+        raise _corrupt(file, f"{what} isn't valid: {error}") from error
     return dict(entries)
 
 
