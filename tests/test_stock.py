@@ -11,13 +11,8 @@ from typing import Any
 
 import pytest
 
-from sdsurgery.models.identify import UNETS
 from sdsurgery.models.tokenizer import tokenizer_files
 
-STOCK = {
-    family: json.loads(resources.files("sdsurgery.data").joinpath(f"stock/{family}.json").read_text("utf-8"))
-    for family in UNETS
-}
 CLIP_L, VAE = (196, 123_060_480), (248, 83_653_863)
 SIZES = {  # tensors and parameters
     "sd1": {"text_encoder": CLIP_L, "unet": (686, 859_520_964), "vae": VAE},
@@ -29,6 +24,10 @@ SIZES = {  # tensors and parameters
         "vae": VAE,
     },
     "sdxl-refiner": {"text_encoder_2": (517, 694_659_840), "unet": (1220, 2_259_526_660), "vae": VAE},
+}
+STOCK = {
+    family: json.loads(resources.files("sdsurgery.data").joinpath(f"stock/{family}.json").read_text("utf-8"))
+    for family in SIZES
 }
 CHANNELS = {"": 4, "-inpainting": 9, "-pix2pix": 8, "-depth": 5}
 PIPELINES = [(family, suffix) for family, stock in STOCK.items() for suffix in stock["pipelines"]]
