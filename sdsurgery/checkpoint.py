@@ -163,7 +163,7 @@ class Step:
     changes: tuple[Change, ...] = ()
     notes: tuple[Note, ...] = ()
     inputs: tuple[Input, ...] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +252,7 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: What belongs to it besides tensors where it lies in a folder, with keys such as ``unet/conv_in.weight``.
         header: The exact header to write, where a safetensors file is restored as it was: its eight bytes of length,
             and the JSON as it stood there.
+        companions: Files to be written beside a single file, by the suffix that takes the place of its own.
     """
 
     tensors: Mapping[str, Tensor]
@@ -260,6 +261,7 @@ class Checkpoint(Mapping[str, Tensor]):
     origin: Origin | None = None
     folder: Folder | None = None
     header: bytes | None = None
+    companions: Mapping[str, Data] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))

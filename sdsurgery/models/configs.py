@@ -15,6 +15,7 @@ from ..errors import CorruptError, UnsupportedError
 from .walks import ClipConfig, Config, OpenClipConfig, UNetConfig, VaeConfig
 
 CONFIG_NAME = "config.json"
+SCHEDULER_CONFIG_NAME = "scheduler_config.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 NETWORKS = (*TEXT_ENCODERS, "unet", "vae")
 """The components that weights are converted of; in a diffusers folder they are called the same."""
@@ -73,11 +74,11 @@ def read_document(content: bytes, file: str) -> dict[str, Any]:
 
 
 def documents(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """The configs of a folder's components, by component; that of a lone component under an empty name."""
+    """The configs of a folder's parts, the scheduler's included; that of a lone component under an empty name."""
     found: dict[str, dict[str, Any]] = {}
     for name, data in checkpoint.folder.files.items() if checkpoint.folder else ():
         component, _, file = name.rpartition("/")
-        if file == CONFIG_NAME and "/" not in component:
+        if file in {CONFIG_NAME, SCHEDULER_CONFIG_NAME} and "/" not in component:
             content = b"".join(data.chunks()) if data.nbytes <= MAX_DOCUMENT else b" " * (MAX_DOCUMENT + 1)
             found[component] = read_document(content, str(checkpoint.path / name if checkpoint.path else name))
     return found

@@ -2,13 +2,26 @@
 
 from .base import Operation, Param
 from .cast import Cast
+from .convert import Convert, sidecar_of
 from .fix_clip import FixClip
 from .grafts import Extract, MergeVae, Replace
 from .prune import Prune
 
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.name: operation for operation in (FixClip, MergeVae, Extract, Replace, Prune, Cast)
+    operation.name: operation for operation in (FixClip, MergeVae, Extract, Replace, Prune, Cast, Convert)
 }
 """Every operation by the name that the command line and the records use."""
 
-__all__ = ["OPERATIONS", "Cast", "Extract", "FixClip", "MergeVae", "Operation", "Param", "Prune", "Replace"]
+__all__ = [
+    "OPERATIONS",
+    "Cast",
+    "Convert",
+    "Extract",
+    "FixClip",
+    "MergeVae",
+    "Operation",
+    "Param",
+    "Prune",
+    "Replace",
+    "sidecar_of",
+]

@@ -33,7 +33,7 @@ class Prune(Operation):
         model = identify(checkpoint)
         tensors, changes = dict(checkpoint), []
         if self.ema:
-            changes += _take_ema(checkpoint, model, tensors)
+            changes += take_ema(checkpoint, model, tensors)
         notes = []
         for group, keys in _groups(checkpoint, model):
             if group in self.keep or not keys:
@@ -60,7 +60,7 @@ def _groups(checkpoint: Checkpoint, model: Model) -> Iterator[tuple[Group, list[
     yield "training", [key for key in checkpoint if key.startswith(prefixes)]
 
 
-def _take_ema(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor]) -> list[Change]:
+def take_ema(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor]) -> list[Change]:
     """Put the EMA weights in the UNet's place; every one must be there and of the right shape."""
     unet, ema = model.components.get("unet"), model.components.get("ema")
     if unet is None or ema is None or not unet.table:
