@@ -265,6 +265,12 @@ def is_plain(name: str) -> bool:
     return name not in {"", ".", ".."} and not any(letter in name for letter in "/\\:\0")
 
 
+def is_lone(checkpoint: Checkpoint) -> bool:
+    """Whether a folder is that of a single component, whose keys have nothing in front."""
+    folder = checkpoint.folder
+    return folder is not None and MODEL_INDEX not in folder.files and not any("/" in key for key in checkpoint)
+
+
 def _read_top(root: _Root, components: Iterable[str], found: _Found) -> None:
     folders, files = root.names("")
     for name in files:

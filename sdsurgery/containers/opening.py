@@ -9,7 +9,7 @@ from types import ModuleType
 from ..checkpoint import Checkpoint
 from ..errors import CorruptError, InputError, UnreadableError, UnsupportedError, UsageError
 from ..sources import SourceFile
-from . import safetensors
+from . import folders, safetensors
 
 # Files that people hand over for a checkpoint, by how they begin, and what to do about it.
 _MISTAKEN = (
@@ -42,8 +42,6 @@ def open_checkpoint(path: str | os.PathLike[str], variant: str | None = None) ->
         UsageError: If a variant of a single file is asked for.
     """
     if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, also of names that are too long
-        from . import folders
-
         return folders.read(Path(path), variant, _read)
     if variant is not None:
         raise UsageError(f"a single file has no variant {variant!r}", remedy="leave the variant out, or name a folder")

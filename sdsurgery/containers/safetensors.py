@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, Origin, Tensor
 from ..dtypes import BY_NAME, SAFETENSORS_RANK
-from ..errors import CorruptError, UnsupportedError
+from ..errors import CorruptError, MismatchError, UnsupportedError
 from ..sources import FileSlice, SourceFile
 
 NAME = "safetensors"
@@ -74,20 +74,22 @@ def json_object(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
     Raises:
         CorruptError: If it is none, or names something twice.
     """
-    if raw[:1] != b"{":
-        raise _corrupt(file, f"{what} doesn't begin with '{{'")
-    # A tensor takes three brackets in fifty bytes. More than that is a table of nothing, made to fill the memory.
-    if raw.count(b"[") + raw.count(b"{") > (1 << 20) + len(raw) // 16:
-        raise _corrupt(file, f"{what} is no table of tensors")
     try:
-        entries = json.loads(
-            raw.decode(), object_pairs_hook=_no_duplicates, parse_int=_whole, parse_constant=_no_constant
-        )
-        "".join(entries).encode()
+        return _loads(raw)
     except RecursionError as error:
         raise _corrupt(file, f"{what} nests too deeply") from error
     except ValueError as error:
         raise _corrupt(file, f"{what} isn't valid: {error}") from error
+
+
+def _loads(raw: bytes) -> dict[str, Any]:
+    if raw[:1] != b"{":
+        raise ValueError("it doesn't begin with '{'")
+    # A tensor takes three brackets in fifty bytes. More than that is a table of nothing, made to fill the memory.
+    if raw.count(b"[") + raw.count(b"{") > (1 << 20) + len(raw) // 16:
+        raise ValueError("it is no table of tensors")
+    entries = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_int=_whole, parse_constant=_no_constant)
+    "".join(entries).encode()
     return dict(entries)
 
 
@@ -113,13 +115,17 @@ def _no_constant(text: str) -> None:
 def _metadata(file: SourceFile, value: Any) -> dict[str, str]:
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+    if not _is_metadata(value):
         raise _corrupt(file, "its metadata is no map from strings to strings")
     try:
         "".join([*value, *value.values()]).encode()
     except UnicodeEncodeError as error:
         raise _corrupt(file, f"its metadata isn't valid text: {error}") from error
-    return value
+    return dict(value)
+
+
+def _is_metadata(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _tensor(file: SourceFile, key: str, entry: Any, start: int) -> Tensor:
@@ -182,6 +188,51 @@ def in_file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
                 remedy="write a .ckpt, or leave the tensor out",
             )
     return sorted(tensors.items(), key=lambda item: (SAFETENSORS_RANK[item[1].dtype.name], item[0]))
+
+
+def in_header_order(header: bytes, tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The tensors in the order in which a header that was recorded lays them out.
+
+    Raises:
+        MismatchError: If the header isn't valid, or isn't that of a file with these tensors.
+    """
+    try:
+        (length,) = struct.unpack("<Q", header[:8])
+        entries = _loads(header[8:])
+    except (struct.error, ValueError, RecursionError) as error:
+        raise _no_header_of(f"it isn't valid: {error}") from error
+    metadata = entries.pop(METADATA_KEY, None)
+    if length != len(header) - 8 or length > MAX_HEADER or not (metadata is None or _is_metadata(metadata)):
+        raise _no_header_of("it isn't valid")
+    if entries.keys() != tensors.keys():
+        key = min(entries.keys() ^ tensors.keys())
+        raise _no_header_of(f"{_quoted(key)} is in only one of the two", key)
+    position, ordered = 0, []
+    for key in sorted(entries, key=lambda key: _offsets(entries[key])):
+        tensor, end = tensors[key], position + tensors[key].nbytes
+        expected = [tensor.dtype.name, [*tensor.shape], [position, end]]
+        entry = entries[key]
+        found = [entry.get(name) for name in ("dtype", "shape", "data_offsets")] if isinstance(entry, dict) else []
+        if json.dumps(found) != json.dumps(expected):  # as text, for in Python true is 1 and 1.0 is 1
+            raise _no_header_of(f"{_quoted(key)} is described as {found!s:.200} instead of {expected}", key)
+        ordered.append((key, tensor))
+        position = end
+    return ordered
+
+
+def _offsets(entry: Any) -> list[int]:
+    """The offsets to sort by; those that are none are found out later."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    sound = isinstance(offsets, list) and all(type(number) is int for number in offsets)
+    return offsets if isinstance(offsets, list) and sound else []
+
+
+def _no_header_of(message: str, key: str | None = None) -> MismatchError:
+    return MismatchError(
+        f"the recorded header doesn't fit the tensors: {message}",
+        key=key and key[:_MOST_SHOWN],
+        remedy="write the file without what was recorded",
+    )
 
 
 def header(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import history, progress
 from ..checkpoint import Change, Checkpoint, Tensor
-from ..errors import OutputError, OutputExistsError, UsageError
-from ..sources import Data, FileSlice, SourceFile
-from . import safetensors
+from ..errors import OutputError, OutputExistsError, UnsupportedError, UsageError
+from ..sources import Data, FileSlice, InMemory, Joined, SourceFile, joined
+from . import folders, safetensors
 from .writing import AtomicFile
 
 SUFFIXES = {
@@ -22,7 +22,9 @@ SUFFIXES = {
     ".pth": "torch-zip",
     ".bin": "torch-zip",
 }
-"""What a file's name says about its container."""
+"""What a file's name says about its container; any other name is a folder's."""
+
+_OTHER_FORMATS = {".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".zip", ".tar", ".gz", ".json", ".yaml", ".txt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ class Saved:
     """What :func:`save` wrote.
 
     Attributes:
-        path: The file.
+        path: The file or the folder.
         container: Its container.
-        nbytes: Its size.
+        nbytes: Its size, that of all its files for a folder.
         changes: What the container couldn't hold, and metadata that would have been false.
     """
 
@@ -43,18 +45,18 @@ class Saved:
 
 
 def container_for(path: str | os.PathLike[str]) -> str:
-    """The container that a file of this name will be.
+    """The container that an output of this name will be.
 
     Raises:
-        UsageError: If the suffix tells of none.
+        UsageError: If the suffix is that of a file which can't be written.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix in _OTHER_FORMATS:
         raise UsageError(
             f"{Path(path).name!r} doesn't say what to write",
-            remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}",
+            remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}, or none for a folder",
         )
-    return SUFFIXES[suffix]
+    return SUFFIXES.get(suffix, folders.NAME)
 
 
 def save(
@@ -63,45 +65,60 @@ def save(
     *,
     force: bool = False,
     in_place: bool = False,
+    variant: str | None = None,
+    shard_size: int | None = None,
 ) -> Saved:
     """Write a checkpoint, in the container that the name's suffix tells.
 
     The same checkpoint gives the same bytes on every run. Tensors that no operation touched are copied inside the
-    kernel, adjacent ones in one call. The file appears under its name when it is complete and on the disk, or not
+    kernel, adjacent ones in one call. The output appears under its name when it is complete and on the disk, or not
     at all.
 
     Args:
         checkpoint: What to write.
-        path: ``.safetensors`` (or ``.sft``), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` for a torch pickle.
-        force: Replace a file that has this name, unless the checkpoint is read from it.
-        in_place: Replace the very file that the checkpoint was opened from.
+        path: ``.safetensors`` (or ``.sft``), or ``.ckpt``, ``.pt``, ``.pth``, ``.bin`` for a torch pickle; a folder
+            otherwise, if the checkpoint has what belongs into one.
+        force: Replace what has this name, unless the checkpoint is read from it. Of folders, only model folders are
+            replaced, and only if nothing but weights and configs goes with them.
+        in_place: Replace the very file or folder that the checkpoint was opened from; what else lies in a folder stays.
+        variant: What stands in the names of a folder's weights, such as ``fp16``.
+        shard_size: Bytes that a file of a folder's weights may have before it is split. Without this and ``variant``,
+            a folder's weights keep the names and the distribution that they had.
 
     Raises:
         OutputExistsError: If the name is taken and nothing allows to replace it.
         NoSpaceError: If it doesn't fit.
         OutputError: If it can't be written.
+        UnsupportedError: If the container can't hold the checkpoint.
+        UsageError: If the name or an option makes no sense for the checkpoint.
     """
     target = Path(path)
     container = target_container(checkpoint, target, in_place=in_place)
     check_target(checkpoint, target, force=force, in_place=in_place)
+    if container == folders.NAME:
+        from . import folder_writing
+
+        plan = folder_writing.plan(checkpoint, target, in_place=in_place, variant=variant, shard_size=shard_size)
+        return folder_writing.write(checkpoint, target, plan, replace=force or in_place)
+    if variant is not None or shard_size is not None:
+        raise UsageError("a single file has no variant and no shards", remedy="name a folder, without a suffix")
     dropped, metadata = _metadata(checkpoint, container)
     if container == safetensors.NAME:
-        ordered = safetensors.in_file_order(checkpoint.tensors)
-        header = safetensors.header(ordered, metadata)
-        expected = len(header) + sum(tensor.nbytes for _, tensor in ordered)
+        content = _content(checkpoint, metadata)
+        expected = sum(part.nbytes for part in content)
     else:
         from . import torch_zip
 
         index = torch_zip.index(checkpoint, metadata)
         expected = torch_zip.size(checkpoint, index)
+    _write_companions(checkpoint, target, replace=force or in_place)
     with (
         progress.task(f"writing {target.name}", expected) as advance,
         AtomicFile(target, replace=force or in_place, size=expected, advance=advance) as out,
     ):
         if container == safetensors.NAME:
-            out.write(header)
-            for run in _runs(tensor for _, tensor in ordered):
-                out.append(run)
+            for part in content:
+                out.append(part)
         else:
             torch_zip.write(checkpoint, index, out)
         for file in checkpoint.files:
@@ -111,11 +128,38 @@ def save(
     return Saved(target, container, target.stat().st_size, dropped)
 
 
+def _write_companions(checkpoint: Checkpoint, target: Path, *, replace: bool) -> None:
+    """The files beside it, first: they mean nothing without it, and it may be drawn wrongly without them."""
+    for suffix, data in checkpoint.companions.items():
+        place = target.with_suffix(suffix)
+        with AtomicFile(place, replace=replace, size=data.nbytes, advance=lambda _count: None) as out:
+            out.append(data)
+
+
 def target_container(checkpoint: Checkpoint, target: Path, *, in_place: bool) -> str:
-    """What will be written: what the name says, or in place what the file was (a legacy pickle becomes a zip)."""
+    """What will be written: what the name says, or in place what the file was (a legacy pickle becomes a zip).
+
+    Raises:
+        UsageError: If the name says nothing that this checkpoint can be.
+        UnsupportedError: If it must be converted first.
+    """
     if in_place and checkpoint.origin is not None:
-        return safetensors.NAME if checkpoint.origin.container == safetensors.NAME else "torch-zip"
-    return container_for(target)
+        was = checkpoint.origin.container
+        container = was if was in {safetensors.NAME, folders.NAME} else "torch-zip"
+    else:
+        container = container_for(target)
+    if container == folders.NAME and checkpoint.folder is None:
+        raise UsageError(
+            f"{target.name!r} would be a folder, and this is a single file",
+            remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}, or convert the model to a folder",
+        )
+    if container != folders.NAME and checkpoint.folder is not None and not folders.is_lone(checkpoint):
+        raise UnsupportedError(
+            "a folder with several components isn't simply a single file",
+            file=checkpoint.path,
+            remedy="convert it to a single file first, or name an output without a suffix: a folder",
+        )
+    return container
 
 
 def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place: bool) -> None:
@@ -127,6 +171,14 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place:
     """
     if "\0" in str(target):
         raise OutputError("not a file name: it holds a null byte", remedy="choose another name")
+    if checkpoint.folder and target_container(checkpoint, target, in_place=in_place) == folders.NAME:
+        from . import folder_writing
+
+        folder_writing.check_target(checkpoint, target, force=force, in_place=in_place)
+        return
+    for suffix in checkpoint.companions:
+        if target.with_suffix(suffix).exists() and not (force or in_place):
+            raise taken(target.with_suffix(suffix))
     if not os.path.exists(target):  # noqa: PTH110 - unlike Path.exists, also of names that are too long
         return
     status = target.stat()
@@ -138,24 +190,58 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place:
         remedy = "use --in-place to replace the model itself" if is_main else "choose another name"
         raise OutputExistsError("it is one of the inputs", file=target, remedy=remedy)
     if not force:
-        raise OutputExistsError("it exists already", file=target, remedy="use --force, or choose another name with -o")
+        raise taken(target)
+
+
+def taken(target: Path) -> OutputExistsError:
+    """The refusal to replace without being told to."""
+    return OutputExistsError("it exists already", file=target, remedy="use --force, or choose another name with -o")
 
 
 def losses(checkpoint: Checkpoint, target: Path, *, in_place: bool = False) -> tuple[Change, ...]:
     """What saving the checkpoint there would not carry over; see :attr:`Saved.changes`."""
-    return _metadata(checkpoint, target_container(checkpoint, target, in_place=in_place))[0]
+    container = target_container(checkpoint, target, in_place=in_place)
+    if container == folders.NAME:
+        from . import folder_writing
+
+        return folder_writing.plan(checkpoint, target, in_place=in_place).changes
+    return _metadata(checkpoint, container)[0]
 
 
 def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...], dict[str, str]]:
     """The metadata to write, and what can't be carried over."""
     dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
-    source = checkpoint.origin.file.known_sha256 if checkpoint.origin and checkpoint.origin.file else None
-    facts = {"source_sha256": source} if source else {}
-    metadata = history.with_history(checkpoint.metadata, checkpoint.steps, **facts)
-    if not (container == safetensors.NAME and _keeps_data(checkpoint)):
-        stale = [name for name in history.HASH_KEYS if name in metadata]
-        dropped.extend(Change(name, "metadata", metadata.pop(name), None) for name in stale)
+    if checkpoint.folder:
+        dropped.extend(Change(name, "dropped", "file of its folder") for name in checkpoint.folder.files)
+    metadata = with_history(checkpoint, checkpoint.origin.file if checkpoint.origin else None)
+    if not (container == safetensors.NAME and (checkpoint.header or _keeps_data(checkpoint))):
+        dropped.extend(drop_hashes(metadata))
     return tuple(dropped), metadata
+
+
+def with_history(checkpoint: Checkpoint, source: SourceFile | None) -> dict[str, str]:
+    """The metadata, with what was done to the file."""
+    known = source.known_sha256 if source else None
+    return history.with_history(checkpoint.metadata, checkpoint.steps, **({"source_sha256": known} if known else {}))
+
+
+def drop_hashes(metadata: dict[str, str]) -> list[Change]:
+    """Take out hashes that would be false."""
+    return [Change(name, "metadata", metadata.pop(name), None) for name in history.HASH_KEYS if name in metadata]
+
+
+def _content(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> tuple[Data, ...]:
+    """What a safetensors file will consist of; one that is restored gets the very header that it had."""
+    if checkpoint.header is not None:
+        ordered = safetensors.in_header_order(checkpoint.header, checkpoint.tensors)
+        return (InMemory(checkpoint.header), *_runs(tensor for _, tensor in ordered))
+    return content(checkpoint.tensors, metadata)
+
+
+def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[Data, ...]:
+    """What a safetensors file with these tensors consists of: a header, and runs of bytes."""
+    ordered = safetensors.in_file_order(tensors)
+    return (InMemory(safetensors.header(ordered, metadata)), *_runs(tensor for _, tensor in ordered))
 
 
 def _keeps_data(checkpoint: Checkpoint) -> bool:
@@ -163,28 +249,12 @@ def _keeps_data(checkpoint: Checkpoint) -> bool:
     origin = checkpoint.origin
     if origin is None or origin.file is None or origin.data_offset is None:
         return False
-    runs = [run for run in _runs(tensor for _, tensor in safetensors.in_file_order(checkpoint.tensors)) if run.nbytes]
+    runs = _runs(tensor for _, tensor in safetensors.in_file_order(checkpoint.tensors))
     length = origin.file.size - origin.data_offset
-    return runs == ([FileSlice(origin.file, origin.data_offset, length)] if length else [])
+    return runs == ((FileSlice(origin.file, origin.data_offset, length),) if length else ())
 
 
-def _runs(tensors: Iterable[Tensor]) -> Iterator[Data]:
+def _runs(tensors: Iterable[Tensor]) -> tuple[Data, ...]:
     """The tensors' bytes in order, with slices that follow each other in a file made one."""
-    pending: tuple[SourceFile, int, int] | None = None
-    for tensor in tensors:
-        data = tensor.data
-        if not isinstance(data, FileSlice):
-            if data.nbytes:
-                if pending:
-                    yield FileSlice(*pending)
-                pending = None
-                yield data
-            continue
-        if pending and pending[0] is data.file and pending[1] + pending[2] == data.offset:
-            pending = (data.file, pending[1], pending[2] + data.nbytes)
-        else:
-            if pending:
-                yield FileSlice(*pending)
-            pending = (data.file, data.offset, data.nbytes)
-    if pending:
-        yield FileSlice(*pending)
+    whole = joined(tensor.data for tensor in tensors if tensor.nbytes)
+    return whole.parts if isinstance(whole, Joined) else (whole,)
