@@ -119,7 +119,7 @@ def test_extras_take_the_onnx_runtime_of_the_machine(wheel: Path, extra: str, ma
 
 
 def test_the_core_needs_neither_torch_nor_onnx(wheel: Path) -> None:
-    assert required(wheel, "") == {"blake3", "click", "ml-dtypes", "numpy", "rich"}
+    assert required(wheel, "") == {"blake3", "click", "ml-dtypes", "numpy", "pyyaml", "rich"}
     assert "torch" in required(wheel, "torch")
     assert {"torch", "diffusers", "transformers"} <= required(wheel, "diffusers")
     assert {"torch", "diffusers", "onnx"} <= required(wheel, "parity") == required(wheel, "all")

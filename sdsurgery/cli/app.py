@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import OutputError, SurgeryError, UsageError
 from ..operations import OPERATIONS
 from ..reports import documents, terminal
+from .convert import convert_command
 from .fix_clip import fix_clip_command
 from .inspect import inspect_command
 from .pipe import pipe_command
@@ -31,7 +32,7 @@ class _TerminatedError(BaseException):
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="sdsurgery")
 def sdsurgery() -> None:
-    """Checkpoint surgery for Stable Diffusion: repair, swap, prune, cast and inspect weights.
+    """Checkpoint surgery for Stable Diffusion: repair, swap, prune, cast, convert and inspect weights.
 
     The input is never touched without --in-place, and an output appears whole or not at all. Exit codes: 0 done,
     or yes; 1 the answer is no; 2 wrong usage; 3 an input is at fault; 4 the output can't be written.
@@ -40,6 +41,7 @@ def sdsurgery() -> None:
 
 sdsurgery.add_command(inspect_command)
 sdsurgery.add_command(fix_clip_command())
+sdsurgery.add_command(convert_command)
 for _operation in OPERATIONS.values():
     if _operation.name not in sdsurgery.commands:
         sdsurgery.add_command(surgery_command(_operation))

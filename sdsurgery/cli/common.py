@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,31 +41,38 @@ class WriteOptions:
     debug: bool
 
 
-_WRITE_OPTIONS = (
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file; always writes."),
-    click.option("--in-place", is_flag=True, help="Replace the input itself."),
-    click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing."),
-    click.option("--json", is_flag=True, help="Print one JSON document."),
-    click.option("--force", is_flag=True, help="Replace an existing output, and override refusals that say so."),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-)
+_WRITE_OPTIONS = {
+    "output": click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help="Write to this file; always writes."
+    ),
+    "in_place": click.option("--in-place", is_flag=True, help="Replace the input itself."),
+    "dry_run": click.option("--dry-run", is_flag=True, help="Say what would be done and write nothing."),
+    "json": click.option("--json", is_flag=True, help="Print one JSON document."),
+    "force": click.option(
+        "--force", is_flag=True, help="Replace an existing output, and override refusals that say so."
+    ),
+    "quiet": click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
+    "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+}
 
 
-def write_options(function: Function) -> Function:
-    """Give a command the shared options, gathered in one argument ``options``."""
+def write_options(*, without: Collection[str] = ()) -> Callable[[Function], Function]:
+    """Give a command the shared options, gathered in one argument ``options``; a command may do without some."""
 
-    @functools.wraps(function)
-    def gathered(**arguments: Any) -> Any:
-        names = WriteOptions.__dataclass_fields__
-        options = WriteOptions(**{name: arguments.pop(name) for name in names})
-        if options.output is not None and options.in_place:
-            raise UsageError("-o and --in-place contradict each other", remedy="leave one of them out")
-        return function(options=options, **arguments)
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def gathered(**arguments: Any) -> Any:
+            names = WriteOptions.__dataclass_fields__
+            options = WriteOptions(**{name: arguments.pop(name, None) for name in names})
+            if options.output is not None and options.in_place:
+                raise UsageError("-o and --in-place contradict each other", remedy="leave one of them out")
+            return function(options=options, **arguments)
 
-    for option in reversed(_WRITE_OPTIONS):
-        gathered = option(gathered)
-    return gathered  # type: ignore[return-value]
+        for name, option in reversed(_WRITE_OPTIONS.items()):
+            gathered = gathered if name in without else option(gathered)
+        return gathered  # type: ignore[return-value]
+
+    return decorate
 
 
 @contextlib.contextmanager
@@ -79,22 +86,27 @@ def listening(*, quiet: bool) -> Iterator[None]:
 def perform(model: Path, operations: Sequence[Operation], options: WriteOptions, *, label: str) -> None:
     """Open the model, apply the operations, write the result where the options say, and report it.
 
-    Without ``-o`` and ``--in-place`` it goes to ``NAME.label.safetensors``, and only if something changed. A dry run
-    does and refuses all that a real one would, up to the first byte written.
+    Without ``-o`` and ``--in-place`` it goes to ``NAME.label.safetensors``, or the folder ``NAME.label``, and only if
+    something changed. A dry run does and refuses all that a real one would, up to the first byte written.
     """
     try:
         checkpoint = open_checkpoint(model)
     except SurgeryError:
         # Where several exit codes hold, the highest counts.
         if options.output is not None:
-            _refuse_output(options.output, options)
+            refuse_output(options.output, options)
         raise
-    target = model if options.in_place else options.output or beside(model, label)
-    target_container(checkpoint, target, in_place=options.in_place)
-    if options.in_place or options.output is not None:
-        check_target(checkpoint, target, force=options.force, in_place=options.in_place)
+    named = model if options.in_place else options.output
+    # What lies in a folder may leave it, and the other way round: then only the result tells what may be written.
+    same_kind = all(operation.whole for operation in operations)
+    if named is not None and same_kind:
+        target_container(checkpoint, named, in_place=options.in_place)
+    if named is not None and (same_kind or checkpoint.folder is None):
+        check_target(checkpoint, named, force=options.force, in_place=options.in_place)
     with listening(quiet=options.quiet):
         result = checkpoint.pipe(*operations)
+        target = named or beside(model, label, folder=result.folder is not None)
+        nbytes = 0
         lost = losses(result, target, in_place=options.in_place)
         writes = bool(result.changes) or options.output is not None
         if writes:
@@ -103,14 +115,14 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
             _warn_of_cache(target, options)
         if writes and not options.dry_run:
             if options.in_place and _only_ids(result) and patch_in_place(result):
-                lost = ()
+                lost, nbytes = (), target.stat().st_size
             else:
-                save(result, target, force=options.force, in_place=options.in_place)
-    report = _Report(result, lost if writes else (), target, writes=writes, options=options)
-    report.print_json() if options.json else report.print_text()
+                nbytes = save(result, target, force=options.force, in_place=options.in_place).nbytes
+    report = Report(result, lost if writes else (), target, nbytes, writes=writes, options=options)
+    report.print()
 
 
-def _refuse_output(output: Path, options: WriteOptions) -> None:
+def refuse_output(output: Path, options: WriteOptions) -> None:
     """Refuse an output that could not be written, whatever the input were."""
     check_target(Checkpoint({}), output, force=options.force, in_place=False)
     if not output.parent.is_dir():
@@ -141,22 +153,27 @@ def _only_ids(checkpoint: Checkpoint) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Report:
+class Report:
     """What was done, or would be."""
 
     checkpoint: Checkpoint
     lost: tuple[Change, ...]
     target: Path
+    nbytes: int
     writes: bool
     options: WriteOptions
 
-    def print_json(self) -> None:
+    def print(self) -> None:
+        """As the options want it."""
+        self._print_json() if self.options.json else self._print_text()
+
+    def _print_json(self) -> None:
         """One document."""
         output = self.target if self.writes and not self.options.dry_run else None
         document = documents.written(self.checkpoint, output, self.lost, dry_run=self.options.dry_run)
         click.echo(documents.text(document))
 
-    def print_text(self) -> None:
+    def _print_text(self) -> None:
         """Warnings on stderr, the rest on stdout."""
         for line in terminal.warnings(self.checkpoint, self.lost):
             click.echo(line, err=True)
@@ -169,10 +186,12 @@ class _Report:
         elif self.options.dry_run:
             click.echo(f"dry run: {self.target} would be written")
         else:
-            click.echo(f"wrote {self.target} ({terminal.human_bytes(self.target.stat().st_size)})")
+            click.echo(f"wrote {self.target} ({terminal.human_bytes(self.nbytes)})")
 
 
-def beside(model: Path, label: str) -> Path:
-    """``NAME.label.safetensors`` beside the model, the name that a command chooses by itself."""
+def beside(model: Path, label: str, *, folder: bool = False) -> Path:
+    """``NAME.label.safetensors`` beside the model, or the folder ``NAME.label``: what a command chooses by itself."""
+    if model.name in {"", ".."}:
+        model = model.resolve()
     stem = model.name.removesuffix(model.suffix) if model.suffix.lower() in SUFFIXES else model.name
-    return model.with_name(f"{stem}.{label}.safetensors")
+    return model.with_name(f"{stem}.{label}" + ("" if folder else ".safetensors"))

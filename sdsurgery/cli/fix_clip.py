@@ -22,7 +22,7 @@ _CHECK = click.option("--check", is_flag=True, help="Only diagnose: exit 0 when 
 def fix_clip_command() -> click.Command:
     """``fix-clip MODEL``."""
 
-    @write_options
+    @write_options()
     def callback(model: Path, options: WriteOptions, check: bool, **values: Any) -> int:
         if check and (options.output is not None or options.in_place):
             raise UsageError("--check writes nothing", remedy="leave out --check, or -o and --in-place")

@@ -32,7 +32,7 @@ def pipe_command() -> click.Command:
 
     @click.command("pipe", cls=_PipeCommand)
     @MODEL
-    @write_options
+    @write_options()
     @click.pass_context
     def pipe(context: click.Context, model: Path, options: WriteOptions) -> None:
         """Apply several operations in one pass, without files in between.

@@ -27,7 +27,7 @@ def surgery_command(operation: type[Operation]) -> click.Command:
         made = build(operation, values, options)
         perform(model, [made], options, label=made.label)
 
-    return command(operation.name, operation, write_options(callback), [MODEL])
+    return command(operation.name, operation, write_options()(callback), [MODEL])
 
 
 def command(

@@ -7,7 +7,7 @@ folder, which loaders there take without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint import Change, Checkpoint, Note, Tensor
 from ..errors import MismatchError
@@ -15,7 +15,7 @@ from .components import POSITION_IDS, Component
 from .identify import UNET_PREFIX, VAE_PREFIX, Model
 from .position_ids import diagnose, positions, right_ids
 from .translation import fits, to_diffusers, to_ldm
-from .walks import ClipConfig, Link, OpenClipConfig, links
+from .walks import ClipConfig, Layout, Link, OpenClipConfig, links, walk
 
 _SOME = 5
 
@@ -80,12 +80,7 @@ def _check_whole(checkpoint: Checkpoint, name: str, component: Component) -> Non
             key=component.missing[0],
             remedy="take them from a sound model: sdsurgery replace",
         )
-    by_name = _by_name(component)
-    wrong = {
-        key: shape
-        for key, shape in component.misshapen(checkpoint.tensors).items()
-        if not fits(by_name[key], checkpoint[key], shape)
-    }
+    wrong = misfits(checkpoint, component)
     if wrong:
         listed = (f"{key} {list(checkpoint[key].shape)} instead of {list(shape)}" for key, shape in wrong.items())
         raise MismatchError(
@@ -102,6 +97,13 @@ def _check_whole(checkpoint: Checkpoint, name: str, component: Component) -> Non
             key=extra[0],
             remedy="remove them, or mend the config",
         )
+
+
+def misfits(checkpoint: Checkpoint, component: Component) -> dict[str, tuple[int, ...]]:
+    """Keys whose shape is wrong, with the right one; a 1 x 1 convolution passes for a linear layer."""
+    by_name = _by_name(component)
+    wrong = component.misshapen(checkpoint.tensors)
+    return {key: shape for key, shape in wrong.items() if not fits(by_name[key], checkpoint[key], shape)}
 
 
 def _by_name(component: Component) -> dict[str, Link]:
@@ -238,6 +240,25 @@ def _add_ids(checkpoint: Checkpoint, component: Component, prefix: str, model: M
         result.changes.append(Change(key, "added", None, str(ids)))
     else:
         result.changes.append(Change(key, "replaced", f"{old} {checkpoint[old]}", str(ids)))
+
+
+# ---------------------------------------------------------------- one component
+
+
+def in_layout(checkpoint: Checkpoint, component: Component, layout: Layout) -> tuple[Checkpoint, Component]:
+    """A whole component in another layout, in a checkpoint of its own under its own names.
+
+    What the layout has no place for is left out: the model that takes the component in keeps its own of that.
+    """
+    result = Converted()
+    if component.layout == layout or component.config is None:
+        return checkpoint, component
+    convert = _component_from_ldm if layout == "diffusers" else _component_from_diffusers
+    convert(checkpoint, component, "", result)
+    table = {weight.name: weight for weight in walk(component.config, layout)}
+    keys = {name: name for name in result.tensors}
+    moved = Component(component.name, "", keys, table, (), component.config, layout)
+    return replace(checkpoint, tensors=result.tensors), moved
 
 
 # ---------------------------------------------------------------- both

@@ -15,11 +15,15 @@ from typing import Any
 from .. import history
 from ..checkpoint import Checkpoint
 from ..sources import SourceFile
+from .configs import documents
 from .identify import Model
 
 _ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl-v1": "sdxl"}
 VAE_FAMILY = "vae_family"
 """The fact that a step records when it brings in a VAE whose family is known."""
+
+_SCALES = {0.18215: "sd1", 0.13025: "sdxl"}
+"""A family whose latents have that scale, as diffusers' configs state it."""
 
 _LATENT_SPACES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl"}
 
@@ -88,6 +92,10 @@ def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
     for prefix, told in _ARCHITECTURES.items():
         if architecture.startswith(prefix):
             return Provenance(told, f"its metadata say {architecture}")
+    stated = documents(checkpoint)
+    scale = stated.get("vae", stated.get("", {})).get("scaling_factor")
+    if scale in _SCALES:
+        return Provenance(_SCALES[scale], f"its config states a latent scale of {scale}")
     known = known_file(checkpoint.origin.file) if checkpoint.origin and checkpoint.origin.file else None
     return Provenance(known.family, f"it is {known.name}", known.sha256) if known else Provenance()
 

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
 from ..errors import MismatchError
 from ..models.components import POSITION_IDS, Component
+from ..models.configs import TEXT_ENCODERS
 from ..models.identify import Model, identify
 from ..models.position_ids import Diagnosis, diagnose, positions, right_ids
 from .base import Operation, Param, Source, input_record, opened
@@ -90,14 +91,15 @@ def _key_repairs(checkpoint: Checkpoint, model: Model) -> tuple[dict[str, str], 
     if wrapper and model.clip:
         # A wrapper around the whole file is no loader's: taken off everywhere, or the parts would come apart.
         renames = {key: key.removeprefix(wrapper) for key in checkpoint}
-    if model.clip:
-        for name, key in model.clip.keys.items():
-            right = (model.clip.prefix + name).removeprefix(wrapper)
+    for encoder in TEXT_ENCODERS:
+        component = model.components.get(encoder)
+        if component is None:
+            continue
+        for name, key in component.keys.items() if component.table else ():
+            right = (component.prefix + name).removeprefix(wrapper if model.clip else "")
             if key != right:
                 renames[key] = right
-    for encoder in ("text_encoder", "text_encoder_2"):
-        component = model.components.get(encoder)
-        for key in component.stray if component else ():
+        for key in component.stray:
             if key.endswith("position_ids") and "vision" not in key:
                 drops[key] = "stray position ids"
     return renames, drops

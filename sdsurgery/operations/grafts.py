@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
+from ..checkpoint import Change, Checkpoint, Folder, Note, Step, Tensor
 from ..dtypes import CAST_TARGETS
-from ..errors import MismatchError, SurgeryError, UnsupportedError, UsageError
+from ..errors import MismatchError, SurgeryError, UsageError
 from ..models.components import POSITION_IDS, Component
+from ..models.configs import CONFIG_NAME, documents
+from ..models.conversion import in_layout, misfits
 from ..models.identify import VAE_PREFIX, Model, identify
 from ..models.known import VAE_FAMILY, Provenance, latent_space, provenance_of_vae
-from ..models.walks import UNetConfig
+from ..models.walks import Layout, UNetConfig
+from ..sources import InMemory
 from .base import Operation, Param, Source, input_record, opened
 from .cast import ComponentName, DTypeName, cast_tensor, check_values
 
@@ -38,7 +42,7 @@ class MergeVae(Operation):
         """See :class:`MergeVae`."""
         model, donor = identify(checkpoint), _donor(self.vae, "vae")
         target = model.components.get("vae") or _place_for_vae(checkpoint, model, donor.part)
-        return _graft(self, checkpoint, model, target, donor)
+        return _graft(self, checkpoint, model, target, donor.in_layout(target.layout))
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Replace(Operation):
         """See :class:`Replace`."""
         model = identify(checkpoint)
         target = _component(checkpoint, model, self.component)
-        return _graft(self, checkpoint, model, target, _donor(self.donor, self.component))
+        return _graft(self, checkpoint, model, target, _donor(self.donor, self.component).in_layout(target.layout))
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,16 @@ class Extract(Operation):
         changes.extend(Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside)
         facts = {"family": model.base_family} if model.base_family != "unknown" else {}
         step = Step(self.name, self.parameters(), tuple(changes), facts=facts)
-        return without_aside(checkpoint).evolve(tensors, step)
+        return without_aside(checkpoint).evolve(tensors, step, folder=_part_of_folder(checkpoint, parts, prefix))
+
+
+def _part_of_folder(checkpoint: Checkpoint, parts: list[Component], prefix: str) -> Folder | None:
+    """The configs of the extracted components; that of a lone one at the root."""
+    if checkpoint.folder is None:
+        return None
+    wanted = tuple(part.prefix for part in parts)
+    files = {name: data for name, data in checkpoint.folder.files.items() if name.startswith(wanted)}
+    return Folder({name.removeprefix(prefix): data for name, data in files.items()})
 
 
 def without_aside(checkpoint: Checkpoint) -> Checkpoint:
@@ -134,31 +147,36 @@ def _component(checkpoint: Checkpoint, model: Model, name: str) -> Component:
 
 @dataclass(frozen=True)
 class _Donor:
-    """The checkpoint that a component is taken from, the component, and where it came from."""
+    """The checkpoint that a component is taken from, the component, where it came from, and its config if any."""
 
     checkpoint: Checkpoint
     part: Component
     origin: Provenance
+    config: Mapping[str, Any] | None = None
+
+    def in_layout(self, layout: Layout) -> _Donor:
+        """The same under the names of another layout."""
+        checkpoint, part = in_layout(self.checkpoint, self.part, layout)
+        return replace(self, checkpoint=checkpoint, part=part)
 
 
 def _donor(source: Source, name: str) -> _Donor:
     """The donor's component, whole and in shape."""
     donor = opened(source)
     model = identify(donor)
-    if model.layout == "diffusers" and name in model.components and not model.components[name].table:
-        message = f"its {name} has diffusers' names, which can't be taken into a single file yet"
-        raise _fault(UnsupportedError, message, donor, "name a single file in ldm's layout")
     part = _component(donor, model, name)
     if part.missing:
         message = f"its {name} lacks {len(part.missing)} of {len(part.table)} weights: {_some(part.missing)}"
         raise _fault(MismatchError, message, donor, "name a file that has all of them", part.missing[0])
-    wrong = part.misshapen(donor.tensors)
+    wrong = misfits(donor, part)
     if wrong:
         message = f"its {name} has weights of the wrong shape: " + _some(
             f"{key} {list(donor[key].shape)} instead of {list(shape)}" for key, shape in wrong.items()
         )
         raise _fault(MismatchError, message, donor, "name a file whose component is sound", next(iter(wrong)))
-    return _Donor(donor, part, provenance_of_vae(donor, model) if name == "vae" else Provenance())
+    configs = documents(donor)
+    origin = provenance_of_vae(donor, model) if name == "vae" else Provenance()
+    return _Donor(donor, part, origin, configs.get(name, configs.get("")))
 
 
 def _some(items: Iterable[str], most: int = 5) -> str:
@@ -169,6 +187,9 @@ def _some(items: Iterable[str], most: int = 5) -> str:
 def _place_for_vae(checkpoint: Checkpoint, model: Model, part: Component) -> Component:
     """Where a single-file model keeps its VAE, for one that has none."""
     unet = model.components.get("unet")
+    if checkpoint.folder is not None:
+        message = "its model_index.json has no VAE"
+        raise _fault(MismatchError, message, checkpoint, "name a folder that has one, or a single file")
     if unet is None or model.layout != "ldm" or not isinstance(unet.config, UNetConfig) or unet.prefix == model.wrapper:
         message = f"it is no model that could hold a VAE (layout {model.layout}, family {model.family})"
         raise _fault(MismatchError, message, checkpoint, "name a single-file model")
@@ -199,7 +220,11 @@ def _graft(
     """The checkpoint with the donor's weights in the target's place; those that are equal are left alone."""
     notes = [_check_latents(model, donor, force=operation.force)] if target.name == "vae" else []
     _check_fit(target, donor)
-    weights = {name: donor.checkpoint[key] for name, key in donor.part.keys.items() if name != POSITION_IDS}
+    weights = {
+        name: replace(donor.checkpoint[key], shape=donor.part.table[name].shape)  # 1 x 1 convolutions may lie flat
+        for name, key in donor.part.keys.items()
+        if name != POSITION_IDS
+    }
     if operation.dtype is not None:
         goal = CAST_TARGETS[operation.dtype]
         to_cast = {donor.part.keys[name]: tensor for name, tensor in weights.items() if tensor.dtype is not goal}
@@ -217,6 +242,10 @@ def _graft(
         else:
             continue
         tensors[key] = tensor
+    folder = checkpoint.folder
+    if changes and folder and donor.config:
+        folder, change = _with_config(folder, target, donor.config)
+        changes.extend(change)
     kept = [key for name, key in target.keys.items() if name not in weights and name != POSITION_IDS]
     if kept:
         notes.append(Note(f"{len(kept)} weights that the donor lacks stay the model's own: {_some(kept)}"))
@@ -225,7 +254,19 @@ def _graft(
     parameters = {name: value for name, value in operation.parameters().items() if name != "force"}
     inputs = input_record(donor.checkpoint, donor.origin.sha256)
     facts = {VAE_FAMILY: donor.origin.family} if donor.origin.family else {}
-    return checkpoint.evolve(tensors, Step(operation.name, parameters, tuple(changes), tuple(notes), inputs, facts))
+    step = Step(operation.name, parameters, tuple(changes), tuple(notes), inputs, facts)
+    return checkpoint.evolve(tensors, step, folder=folder)
+
+
+def _with_config(folder: Folder, target: Component, config: Mapping[str, Any]) -> tuple[Folder, list[Change]]:
+    """The folder with the component's config replaced: what it computes is told there, as far as shapes don't."""
+    name = target.prefix + CONFIG_NAME
+    content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    old = folder.files.get(name)
+    if old and b"".join(old.chunks()) == content:
+        return folder, []
+    files = {**folder.files, name: InMemory(content)}
+    return replace(folder, files=files), [Change(name, "replaced", "the config", "the donor's config")]
 
 
 def _check_fit(target: Component, donor: _Donor) -> None:

@@ -10,6 +10,9 @@ from ..errors import SurgeryError
 _SHOWN = 6
 """Changes of one kind that are listed before the rest is counted."""
 
+_NAMED = 40
+"""Of what was lost or made, as many are listed at least; a thousand EMA weights needn't be."""
+
 
 def printable(text: str) -> str:
     """The text on one line, with whatever a terminal would obey or can't show written out as Python would."""
@@ -54,10 +57,11 @@ def _changes(changes: Iterable[Change]) -> Iterator[str]:
     for change in changes:
         by_kind.setdefault(change.kind, []).append(change)
     for kind, group in by_kind.items():
-        for change in group[:_SHOWN]:
+        shown = len(group) if kind in {"dropped", "added"} and len(group) <= _NAMED else _SHOWN
+        for change in group[:shown]:
             yield printable(f"  {kind:<9} {_change(change)}")
-        if len(group) > _SHOWN:
-            yield f"  {kind:<9} … and {len(group) - _SHOWN} more"
+        if len(group) > shown:
+            yield f"  {kind:<9} … and {len(group) - shown} more; --json names all"
 
 
 def _change(change: Change) -> str:

@@ -1,0 +1,179 @@
+"""convert: from one layout to the other, with the files that go with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from ..checkpoint import Checkpoint
+from ..containers import folders, save
+from ..containers import open as open_checkpoint
+from ..containers.saving import SUFFIXES, check_target, losses
+from ..errors import InputError, SurgeryError, UsageError
+from ..models import sidecar as sidecars
+from ..operations import Cast, Convert, sidecar_of
+from ..operations.cast import DTypeName
+from ..operations.convert import LayoutName, PredictionType
+from ..reports import terminal
+from .common import Report, WriteOptions, listening, refuse_output, write_options
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the command line asks for, besides the shared options."""
+
+    source: Path
+    target: Path
+    to: str | None
+    dtype: Any
+    variant: str | None
+    shard_size: str | None
+    ema: bool
+    sidecar: bool
+    config: Path | None
+    prediction_type: Any
+
+    @property
+    def layout(self) -> LayoutName:
+        """The layout to convert to: as told, or by the target's name."""
+        if self.to:
+            return "ldm" if self.to == "ldm" else "diffusers"
+        return "ldm" if self.target.suffix.lower() in SUFFIXES else "diffusers"
+
+    @property
+    def into_folder(self) -> bool:
+        """Whether the target's name is a folder's."""
+        return self.target.suffix.lower() not in SUFFIXES
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(get_args(LayoutName)),
+    help="The layout to convert to. By the name of DST unless given: a checkpoint file is ldm, a folder diffusers.",
+)
+@click.option("--dtype", type=click.Choice(get_args(DTypeName)), help="Cast the weights to this type.")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="Stands in the names of a folder's weights, such as fp16: of those to write, or of those to read.",
+)
+@click.option("--shard-size", metavar="SIZE", help="Split a folder's weights into files of at most this, such as 5GB.")
+@click.option("--ema", is_flag=True, help="Take the EMA weights as the UNet.")
+@click.option(
+    "--sidecar",
+    is_flag=True,
+    help="Keep what a folder can't hold in DST.sidecar.safetensors; on the way back, insist on restoring with it.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What shapes don't tell, from a diffusers folder, a component's config.json, or an A1111 .yaml.",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(get_args(PredictionType)),
+    help="What the UNet predicts. Detected unless given, or assumed and said so.",
+)
+@write_options(without=("output", "in_place"))
+def convert_command(options: WriteOptions, **arguments: Any) -> None:
+    """Convert between a single file (ldm's layout) and a diffusers folder, bit for bit and offline.
+
+    SRC is a safetensors file, a torch pickle or a diffusers folder, of a whole model or of one component. DST is a
+    single file if its name ends in .safetensors or .ckpt, and else a folder. What DST can't hold is named in the
+    report; with --sidecar it is kept in a file beside the folder, and converting back gives the original file again.
+    """
+    request = _Request(**arguments)
+    _check(request)
+    try:
+        checkpoint = open_checkpoint(request.source, variant=None if request.into_folder else request.variant)
+    except SurgeryError:
+        refuse_output(request.target, options)
+        raise
+    with listening(quiet=options.quiet):
+        result = _converted(request, checkpoint)
+        lost = losses(result, request.target)
+        check_target(result, request.target, force=options.force, in_place=False)
+        nbytes = 0 if options.dry_run else _write(request, checkpoint, result, force=options.force)
+    Report(result, lost, request.target, nbytes, writes=True, options=options).print()
+
+
+def _check(request: _Request) -> None:
+    if request.layout == "ldm" and request.into_folder:
+        raise UsageError(
+            f"{request.target.name!r} is no name of a single file",
+            remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}",
+        )
+    if request.sidecar and request.layout == "diffusers" and (request.dtype or request.ema):
+        given = "--dtype" if request.dtype else "--ema"
+        raise UsageError(
+            f"--sidecar promises the original back, and {given} changes the weights",
+            remedy="leave one of the two out",
+        )
+    if request.shard_size is not None and not request.into_folder:
+        raise UsageError("a single file has no shards", remedy="leave out --shard-size")
+    _size(request.shard_size)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,12})\s*([kmg]i?b)?", text.strip().lower())
+    if not match or not int(match.group(1)):
+        raise UsageError(f"{text!r} is no size", remedy="give one such as 5GB, 500MB or 2GiB")
+    return int(match.group(1)) * _UNITS[match.group(2) or ""]
+
+
+def _converted(request: _Request, checkpoint: Checkpoint) -> Checkpoint:
+    """The model in the other layout; a sidecar beside a folder is used if it is the folder's."""
+    beside = sidecars.path_beside(request.source)
+    may_restore = request.layout == "ldm" and checkpoint.folder is not None
+    if may_restore and request.sidecar:
+        return _pipe(request, checkpoint, beside)
+    if may_restore and beside.is_file() and not request.dtype and not request.ema:
+        try:
+            return _pipe(request, checkpoint, beside)
+        except InputError as error:
+            if error.file != str(beside):
+                raise
+            click.echo(terminal.printable(f"warning: {beside} was not used: {error.message}"), err=True)
+    return _pipe(request, checkpoint, None)
+
+
+def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Checkpoint:
+    convert = Convert(
+        request.layout,
+        config=request.config,
+        prediction_type=request.prediction_type,
+        ema=request.ema,
+        sidecar=sidecar,
+    )
+    result = checkpoint.pipe(convert, *([Cast(request.dtype)] if request.dtype else []))
+    # A lone component may go into a file under diffusers' names, without the config that its folder would have.
+    lone_file = not request.into_folder and folders.is_lone(result)
+    return replace(result, folder=None) if lone_file else result
+
+
+def _write(request: _Request, checkpoint: Checkpoint, result: Checkpoint, *, force: bool) -> int:
+    """Write the result, its sidecar first, so that a folder is never without the one that was asked for."""
+    if not request.into_folder:
+        return save(result, request.target, force=force).nbytes
+    beside = sidecars.path_beside(request.target)
+    if request.sidecar:
+        save(sidecar_of(checkpoint, result), beside, force=force)
+    try:
+        size = _size(request.shard_size)
+        return save(result, request.target, force=force, variant=request.variant, shard_size=size).nbytes
+    except BaseException:
+        if request.sidecar:
+            beside.unlink(missing_ok=True)
+        raise
