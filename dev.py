@@ -36,7 +36,7 @@ def install(what: str) -> None:
 
 
 def demo() -> None:
-    """The story of Anything V3.1 on a small model: broken position ids and a bad VAE, mended in one line."""
+    """The story of Anything V3.1 on a small model: broken position ids and a bad VAE, mended in one line, and converted."""
     install(".")
     folder = ROOT / "demo"
     shutil.rmtree(folder, ignore_errors=True)
@@ -49,6 +49,9 @@ def demo() -> None:
          "pipe anything-v3.ckpt -o anything-v3-1.safetensors merge-vae better.vae.pt + fix-clip"),
         ("What is in the result?", "inspect anything-v3-1.safetensors"),
         ("Is anything left to mend?", "fix-clip --check anything-v3-1.safetensors"),
+        ("A folder for diffusers, with a sidecar of what it can't hold:",
+         "convert anything-v3-1.safetensors anything-v3-1 --sidecar"),
+        ("And the very same file again:", "convert anything-v3-1 again.safetensors"),
     ):  # fmt: skip
         print(f"\n# {title}\n$ sdsurgery {words}", flush=True)
         run(PYTHON, "-m", "sdsurgery", *words.split(), cwd=folder)

@@ -9,12 +9,13 @@ __version__ = "0.1.0"
 from .checkpoint import Change, Checkpoint, Note, Step, Tensor
 from .containers import Saved, open, save  # noqa: A004 - sd.open is the verb
 from .errors import SurgeryError
-from .operations import Cast, Extract, FixClip, MergeVae, Prune, Replace
+from .operations import Cast, Convert, Extract, FixClip, MergeVae, Prune, Replace, sidecar_of
 
 __all__ = [
     "Cast",
     "Change",
     "Checkpoint",
+    "Convert",
     "Extract",
     "FixClip",
     "MergeVae",
@@ -27,4 +28,5 @@ __all__ = [
     "Tensor",
     "open",
     "save",
+    "sidecar_of",
 ]
