@@ -322,6 +322,8 @@ def joined(parts: Iterable[Data]) -> Data:
 
 def _merged(one: Data, other: Data) -> Data | None:
     """Two neighbours as one, or ``None`` where they are none."""
+    if not one.nbytes or not other.nbytes:
+        return one if one.nbytes else other
     if isinstance(one, FileSlice) and isinstance(other, FileSlice):
         adjacent = one.file is other.file and one.offset + one.nbytes == other.offset
         return FileSlice(one.file, one.offset, one.nbytes + other.nbytes) if adjacent else None
@@ -337,7 +339,20 @@ def part_of(whole: Data, offset: int, nbytes: int) -> Data:
         return whole
     if isinstance(whole, FileSlice):
         return FileSlice(whole.file, whole.offset + offset, nbytes)
+    if isinstance(whole, Part):
+        return part_of(whole.whole, whole.offset + offset, nbytes)
+    if isinstance(whole, Joined):
+        return joined(_pieces(whole, offset, offset + nbytes))
     return Part(whole, offset, nbytes)
+
+
+def _pieces(whole: Joined, start: int, end: int) -> Iterator[Data]:
+    """What of each part lies between two places."""
+    for part in whole.parts:
+        if start < part.nbytes and end > 0:
+            first = max(0, start)
+            yield part_of(part, first, min(end, part.nbytes) - first)
+        start, end = start - part.nbytes, end - part.nbytes
 
 
 def transposed(data: Data, shape: tuple[int, int], itemsize: int) -> Data:

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..checkpoint import Tensor
+from ..errors import UnsupportedError
 from ..sources import joined, part_of, transposed
 from .walks import Link
+
+_TURNABLE = {8, 16, 32, 64}
+"""Bits of the elements whose order can be changed."""
 
 
 def fits(link: Link, tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -24,7 +28,9 @@ def fits(link: Link, tensor: Tensor, shape: tuple[int, ...]) -> bool:
 def to_diffusers(link: Link, tensor: Tensor) -> tuple[Tensor, ...]:
     """What diffusers has for an ldm weight of the right shape; nothing where it has none."""
     if link.how == "split":
-        size = tensor.nbytes // len(link.diffusers)
+        size, rest = divmod(tensor.nbytes, max(1, len(link.diffusers)))
+        if rest:
+            raise _torn(link, tensor)
         return tuple(
             Tensor(tensor.dtype, part.shape, part_of(tensor.data, index * size, size))
             for index, part in enumerate(link.diffusers)
@@ -43,6 +49,14 @@ def to_ldm(link: Link, tensors: Sequence[Tensor]) -> Tensor:
 def _changed(link: Link, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     data = tensor.data
     if link.how == "transpose":
+        if tensor.dtype.bits not in _TURNABLE:
+            raise _torn(link, tensor)
         rows, columns = tensor.shape
         data = transposed(data, (rows, columns), tensor.dtype.itemsize)
     return Tensor(tensor.dtype, shape, data)
+
+
+def _torn(link: Link, tensor: Tensor) -> UnsupportedError:
+    """The refusal of elements that share bytes, or are too long."""
+    message = f"{link.ldm.name} can't be converted: its elements are {tensor.dtype}"
+    return UnsupportedError(message, remedy="cast it to a type of whole bytes first")
