@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from container_support import random_state, raw_state
+from container_support import command, random_state, raw_state
 from folder_support import (
     STATES,
     STEMS,
@@ -440,3 +440,57 @@ def test_in_place_is_about_the_input_and_not_about_a_cache(folder: Path, tmp_pat
     with pytest.raises(UsageError):
         sd.Checkpoint(sd.open(folder).tensors, origin=sd.open(folder).origin).save(folder, in_place=True)
     assert contents(tmp_path) == before
+
+
+def test_in_place_through_links(folder: Path, tmp_path: Path) -> None:
+    """A link to the folder stays; one inside becomes what it led to, where that is rewritten or needed."""
+    (tmp_path / "link").symlink_to("model")
+    for name in (UNET_FILE, VAE_FILE, "tokenizer/vocab.json"):
+        (folder / name).rename(folder / "shared" if name == VAE_FILE else (folder / name).with_suffix(".real"))
+        (folder / name).symlink_to("../shared" if name == VAE_FILE else Path(name).with_suffix(".real").name)
+    expected = changed(sd.open(folder), VAE)
+    expected.save(tmp_path / "link", in_place=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (
+        raw_state(sd.open(folder))
+        == raw_state(sd.open(tmp_path / "link"))
+        == raw_state(sd.open(folder)) | raw_state({VAE: expected[VAE]})
+    )
+    assert not (folder / UNET_FILE).is_symlink()
+    assert names(tmp_path) == {"model", "link"}
+
+
+def test_shards_that_would_get_one_name_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
+    index = put_shards(folder / "unet", STEMS["unet"], STATES["unet"])
+    for number, name in ((1, "a.safetensors"), (2, "a")):
+        old = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        (folder / "unet" / old).rename(folder / "unet" / name)
+        index.write_text(index.read_text().replace(old, name))
+    with pytest.raises(OutputError, match="one name"):
+        changed(sd.open(folder), UNET).save(tmp_path / "out")
+    changed(sd.open(folder), UNET).save(tmp_path / "out", shard_size=100)
+    assert sd.open(tmp_path / "out").keys() == all_states().keys()
+
+
+# The command line.
+
+
+def test_commands_work_on_folders(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    pipeline().save_pretrained(model)
+    before = contents(tmp_path)
+    assert command("cast", model, "fp16", "--dry-run").returncode == 0
+    assert contents(tmp_path) == before
+    done = command("cast", model, "fp16")
+    size = sum(path.stat().st_size for path in (tmp_path / "model.fixed").rglob("*") if path.is_file())
+    assert (done.returncode, f"({size / 1000:.0f} kB)" in done.stdout) == (0, True), done.stderr
+    assert {tensor.dtype.name for tensor in sd.open(tmp_path / "model.fixed").values()} == {"F16"}
+    assert command("cast", model, "fp16", "-o", tmp_path / "model.fixed").returncode == 4
+    assert command("cast", model, "fp16", "-o", tmp_path / "model.fixed", "--force").returncode == 0
+    assert command("cast", model, "fp16", "-o", model / "vae").returncode == 4
+    assert command("cast", model, "fp16", "-o", tmp_path / "out.safetensors").returncode == 3
+    assert command("cast", model / "vae", "fp16", "-o", tmp_path / "vae.safetensors").returncode == 0
+    assert command("cast", tmp_path / "vae.safetensors", "fp32", "-o", tmp_path / "x").returncode == 2
+    assert command("cast", model, "fp16", "--in-place").returncode == 0
+    assert contents(model) == contents(tmp_path / "model.fixed")
+    assert names(tmp_path) == {"model", "model.fixed", "vae.safetensors"}

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,13 @@ def _distribution_that_was(part: _Part) -> dict[str, dict[str, Tensor]]:
             (by_source[source] for source in tensor.data.files if source in by_source), part.opened[-1].name
         )
         files[name][key] = tensor
-    return {_as_safetensors(name): tensors for name, tensors in files.items() if tensors}
+    renamed = {name: _as_safetensors(name) for name in files}
+    if len(set(renamed.values())) < len(files):
+        raise OutputError(
+            f"two files of {part.prefix or 'the component'} would get one name",
+            remedy="say how its weights are to be called: variant=... or shard_size=...",
+        )
+    return {renamed[name]: tensors for name, tensors in files.items() if tensors}
 
 
 def _as_safetensors(name: str) -> str:
@@ -305,13 +311,12 @@ def _document(data: Data | None) -> dict[str, Any]:
     if data is None or data.nbytes > safetensors.MAX_HEADER:
         return {}
     try:
-        document = json.loads(b"".join(data.chunks()))
+        return safetensors.parsed(b"".join(data.chunks()).strip())
     except (ValueError, RecursionError):
         return {}
     finally:
         for file in data.files:
             file.close()
-    return document if isinstance(document, dict) else {}
 
 
 def _stale_pickles(checkpoint: Checkpoint, prefix: str, made: Plan) -> Iterator[Change]:
@@ -335,6 +340,7 @@ def write(checkpoint: Checkpoint, target: Path, made: Plan, *, replace: bool) ->
     linked = {name for name, parts in made.outputs.items() if _lies_there(parts, real / name)}
     copied = {name: parts for name, parts in made.outputs.items() if name not in linked}
     size = sum(part.nbytes for parts in copied.values() for part in parts)
+    mine = set(_opened_files(checkpoint))  # closed so far, and closed again after use, for there may be hundreds
     with (
         progress.task(f"writing {target.name}", size) as advance,
         AtomicFolder(target, replace=replace, size=size, advance=advance) as out,
@@ -344,13 +350,15 @@ def write(checkpoint: Checkpoint, target: Path, made: Plan, *, replace: bool) ->
                 out.keep(name)
                 continue
             out.write(name, copied[name])
-            _close(checkpoint, copied[name])
+            for file in {file for part in copied[name] for file in part.files} & mine:
+                file.close()
         for name in made.kept:
             if os.path.lexists(real / name):
                 out.keep(name)
         for file in checkpoint.files:
             file.check_unchanged()
-            _close(checkpoint, (FileSlice(file, 0, 0),))
+            if file in mine or os.name == "nt":  # there, an open file can't be replaced
+                file.close()
     return Saved(target, NAME, _bytes_in(real), made.changes)
 
 
@@ -365,14 +373,6 @@ def _lies_there(parts: Sequence[Data], place: Path) -> bool:
         return False
     same = stat.S_ISREG(found.st_mode) and (found.st_dev, found.st_ino) == file.identity
     return same and (offset, nbytes) == (0, file.size)
-
-
-def _close(checkpoint: Checkpoint, parts: Iterable[Data]) -> None:
-    """Close files of the folder, of which there may be hundreds; they were closed before."""
-    folder = checkpoint.folder or Folder({})
-    mine = {file for data in folder.files.values() for file in data.files} | set(map(_source, folder.weights))
-    for file in {file for part in parts for file in part.files} & mine:
-        file.close()
 
 
 def _bytes_in(folder: Path) -> int:

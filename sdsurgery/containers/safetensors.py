@@ -69,20 +69,26 @@ def _quoted(key: str) -> str:
 
 
 def json_object(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in a file, read more strictly than Python does; ``what`` names it in errors.
+    """What :func:`parsed` reads from a file; ``what`` names it in errors.
 
     Raises:
-        CorruptError: If it is none, or names something twice.
+        CorruptError: If it can't be read.
     """
     try:
-        return _loads(raw)
+        return parsed(raw)
     except RecursionError as error:
         raise _corrupt(file, f"{what} nests too deeply") from error
     except ValueError as error:
         raise _corrupt(file, f"{what} isn't valid: {error}") from error
 
 
-def _loads(raw: bytes) -> dict[str, Any]:
+def parsed(raw: bytes) -> dict[str, Any]:
+    """A JSON object, read more strictly than Python does.
+
+    Raises:
+        ValueError: If it is none, or names something twice.
+        RecursionError: If it nests too deeply.
+    """
     if raw[:1] != b"{":
         raise ValueError("it doesn't begin with '{'")
     # A tensor takes three brackets in fifty bytes. More than that is a table of nothing, made to fill the memory.
@@ -198,7 +204,7 @@ def in_header_order(header: bytes, tensors: Mapping[str, Tensor]) -> list[tuple[
     """
     try:
         (length,) = struct.unpack("<Q", header[:8])
-        entries = _loads(header[8:])
+        entries = parsed(header[8:])
     except (struct.error, ValueError, RecursionError) as error:
         raise _no_header_of(f"it isn't valid: {error}") from error
     metadata = entries.pop(METADATA_KEY, None)
