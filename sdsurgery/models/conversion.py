@@ -235,10 +235,13 @@ def _component_from_diffusers(checkpoint: Checkpoint, component: Component, pref
 def _add_ids(checkpoint: Checkpoint, component: Component, prefix: str, model: Model, result: Converted) -> None:
     key, old = prefix + POSITION_IDS, component.keys.get(POSITION_IDS)
     ids = right_ids(positions(model))
-    result.tensors[key] = ids
     if old is None:
+        result.tensors[key] = ids
         result.changes.append(Change(key, "added", None, str(ids)))
+    elif diagnose(checkpoint, model).status == "unexpected":  # which are right
+        result.put(key, checkpoint[old], old)
     else:
+        result.tensors[key] = ids
         result.changes.append(Change(key, "replaced", f"{old} {checkpoint[old]}", str(ids)))
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from statistics import pstdev
 from typing import Any
 
@@ -65,13 +65,14 @@ def prediction(checkpoint: Checkpoint, model: Model, stated: Stated) -> Predicti
     if stated.scheduler:
         zero_snr = zero_snr or bool(stated.scheduler.get("rescale_betas_zero_snr"))
     if stated.prediction_type:
-        return Prediction(stated.prediction_type, zero_snr, stated.sources[0] if stated.sources else "as told")
+        return Prediction(stated.prediction_type, zero_snr, stated.why)
     if "v_pred" in markers:
         return Prediction("v_prediction", zero_snr, "the file has the marker v_pred")
     unet = model.components.get("unet")
     key = unet.keys.get(_TELLING_BIAS) if unet and unet.layout == "ldm" else None
     if model.family == "sd2" and key:
-        spread = pstdev(values(checkpoint[key]))
+        found = values(checkpoint[key])
+        spread = pstdev(found) if found and all(map(math.isfinite, found)) else math.nan
         kind = "v_prediction" if spread > _TELLING_SPREAD else "epsilon"
         return Prediction(kind, zero_snr, f"the spread of {key} is {spread:.3f}")
     return Prediction("epsilon", zero_snr, "")
@@ -97,7 +98,7 @@ class FolderFiles:
         self._checkpoint = checkpoint
         self.model = model
         self._stated = stated
-        self.notes: list[Note] = []
+        self.notes: list[Note] = [Note(message, "warning") for message in stated.ignored]
 
     def files(self) -> dict[str, bytes]:
         """Content by name; of a lone component only its config."""
@@ -147,7 +148,7 @@ class FolderFiles:
             ]
         return dict(sorted((document | stated | shaped).items()))
 
-    @property
+    @cached_property
     def prediction(self) -> Prediction:
         """What the UNet was trained to predict."""
         return prediction(self._checkpoint, self.model, self._stated)
@@ -218,7 +219,11 @@ class FolderFiles:
 
     def _index(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
         family, variant = self.model.base_family, self.model.family.removeprefix(self.model.base_family)
-        entry = stock(family)["pipelines"].get(variant) or stock(family)["pipelines"][""]
+        pipelines = stock(family)["pipelines"]
+        entry = pipelines.get(variant) or pipelines[""]
+        if variant not in pipelines:
+            message = f"diffusers has no pipeline for {self.model.family}: {entry['class']} is named, and won't draw"
+            self.notes.append(Note(message, "warning"))
         parts: dict[str, Any] = dict(entry["index"])
         for name in stock(family)["components"]:
             parts[name] = self._loaded_by(name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import progress
 from ..checkpoint import Checkpoint, Tensor
+from ..containers import safetensors
 from ..dtypes import BY_NAME
 from ..errors import CorruptError, MismatchError
 from ..sources import FileSlice
@@ -28,6 +29,8 @@ _REMEDY = "name the folder that the sidecar was written beside, or convert witho
 
 def path_beside(folder: Path) -> Path:
     """Where a folder's sidecar lies."""
+    if folder.name in {"", ".."}:
+        folder = folder.resolve()
     return folder.with_name(folder.name + SUFFIX)
 
 
@@ -91,7 +94,7 @@ def restore(back: Mapping[str, Tensor], sidecar: Checkpoint) -> Restored:
         found = sidecar.get(key) if source is None else back.get(source)
         if found is None and source is None:
             raise _corrupt(sidecar, f"it lacks {key}, which its record names")
-        wanted = BY_NAME[dtype].nbytes(tuple(shape))
+        wanted = _nbytes(dtype, shape)
         if found is None or (found.dtype.name, found.nbytes) != (dtype, wanted):
             what = "isn't in the folder" if found is None else f"is {found} in the folder"
             message = f"it isn't this folder's: {source or key}, {dtype}{shape} once, {what}"
@@ -102,7 +105,7 @@ def restore(back: Mapping[str, Tensor], sidecar: Checkpoint) -> Restored:
     if record["header"] is not None:
         text = record["header"].encode()
         header = len(text).to_bytes(8, "little") + text
-        ordered = _in_header_order(tensors, record["header"], sidecar)
+        ordered = _in_header_order(tensors, header, sidecar)
     exact = _digest(ordered) == record["blake3"]
     return Restored(tensors, record["metadata"], header if exact else None, exact)
 
@@ -127,14 +130,11 @@ def _in_place_order(original: Checkpoint) -> dict[str, Tensor]:
     return dict(sorted(original.items(), key=place))
 
 
-def _in_header_order(tensors: Mapping[str, Tensor], header: str, sidecar: Checkpoint) -> dict[str, Tensor]:
+def _in_header_order(tensors: Mapping[str, Tensor], header: bytes, sidecar: Checkpoint) -> dict[str, Tensor]:
     try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        ordered = sorted(entries, key=lambda key: tuple(entries[key]["data_offsets"]))
-        return {key: tensors[key] for key in ordered}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _corrupt(sidecar, "the header that it keeps is none of its tensors'") from error
+        return dict(safetensors.in_header_order(header, tensors))
+    except MismatchError as error:
+        raise _corrupt(sidecar, f"the header that it keeps is none of its tensors': {error.message}") from error
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -155,14 +155,17 @@ def _record(sidecar: Checkpoint) -> dict[str, Any]:
         raise _corrupt(sidecar, "it is no sidecar: it has no record of a conversion")
     try:
         record = json.loads(sidecar.metadata[RECORD_KEY])
-        header, metadata = record["header"], record["metadata"]
+        header, metadata, tensors = record["header"], record["metadata"], record["tensors"]
         sound = (
             record["schema_version"] == SCHEMA_VERSION
             and (header is None or isinstance(header, str))
             and all(isinstance(text, str) for item in metadata.items() for text in item)
             and isinstance(record["blake3"], str)
-            and all(_is_entry(*entry) for entry in record["tensors"])
+            and all(_is_entry(*entry) for entry in tensors)
+            and len({entry[0] for entry in tensors}) == len(tensors)
         )
+        # What isn't text to the letter can't be written.
+        "".join([header or "", *metadata, *metadata.values()]).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _corrupt(sidecar, "its record can't be read") from error
     if not sound:
@@ -172,7 +175,12 @@ def _record(sidecar: Checkpoint) -> dict[str, Any]:
 
 def _is_entry(key: Any, dtype: Any, shape: Any, source: Any) -> bool:
     sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-    return isinstance(key, str) and dtype in BY_NAME and sizes and (source is None or isinstance(source, str))
+    names = isinstance(key, str) and (source is None or isinstance(source, str))
+    return names and sizes and dtype in BY_NAME and _nbytes(dtype, shape) >= 0
+
+
+def _nbytes(dtype: str, shape: list[int]) -> int:
+    return BY_NAME[dtype].nbytes(tuple(shape))
 
 
 def _corrupt(sidecar: Checkpoint, message: str) -> CorruptError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import history
 from ..checkpoint import Checkpoint
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..sources import SourceFile
 from . import yaml_config
 from .configs import CONFIG_NAME, MAX_DOCUMENT, NETWORKS, SCHEDULER_CONFIG_NAME, documents, read_document, structure
@@ -53,7 +53,8 @@ class Stated:
         scheduler: A scheduler's config.
         prediction_type: ``epsilon`` or ``v_prediction``.
         head_channels: The width of an attention head of the UNet, where that is what was stated.
-        sources: Where that stands, in words.
+        why: Who states the prediction type, in words.
+        ignored: What lies beside the file and could not be read, with the reason.
     """
 
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -61,18 +62,21 @@ class Stated:
     scheduler: Mapping[str, Any] | None = None
     prediction_type: str | None = None
     head_channels: int | None = None
-    sources: tuple[str, ...] = ()
+    why: str = ""
+    ignored: tuple[str, ...] = ()
 
     def over(self, other: Stated) -> Stated:
         """Both, with this one counting where they differ."""
         names = {*self.configs, *other.configs}
+        first = self if self.prediction_type else other
         return Stated(
             {name: {**other.configs.get(name, {}), **self.configs.get(name, {})} for name in names},
             self.whole | other.whole,
             self.scheduler or other.scheduler,
-            self.prediction_type or other.prediction_type,
+            first.prediction_type,
             self.head_channels or other.head_channels,
-            (*self.sources, *other.sources),
+            first.why,
+            (*self.ignored, *other.ignored),
         )
 
     def structures(self, model: Model) -> dict[str, Config]:
@@ -105,7 +109,10 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
     found = _in_metadata(checkpoint)
     beside = _beside(checkpoint)
     if beside is not None:
-        found = _read(beside, model).over(found)
+        try:
+            found = _read(beside, model).over(found)
+        except InputError as error:  # nobody named it: it may be anything
+            found = replace(found, ignored=(f"{beside.name} beside it was not used: {error.message}",))
     if config is not None:
         found = _read(Path(config), model).over(found)
     return found
@@ -124,7 +131,7 @@ def _beside(checkpoint: Checkpoint) -> Path | None:
 
 
 def _read(path: Path, model: Model) -> Stated:
-    source = (f"{path.name} says so",)
+    source = f"{path.name} says so"
     if path.is_dir():
         return _of_folder(path, source)
     if path.suffix.lower() in {".yaml", ".yml"}:
@@ -137,10 +144,10 @@ def _read(path: Path, model: Model) -> Stated:
             file=path,
             remedy="name a folder that has the configs of all, or a .yaml",
         )
-    return Stated({networks[0]: document}, frozenset(networks), sources=source)
+    return Stated({networks[0]: document}, frozenset(networks), why=source)
 
 
-def _of_folder(folder: Path, source: tuple[str, ...]) -> Stated:
+def _of_folder(folder: Path, source: str) -> Stated:
     files = {name: folder / name / CONFIG_NAME for name in NETWORKS}
     configs = {name: read_document(_content(file), str(file)) for name, file in files.items() if file.is_file()}
     file = folder / "scheduler" / SCHEDULER_CONFIG_NAME
@@ -148,7 +155,7 @@ def _of_folder(folder: Path, source: tuple[str, ...]) -> Stated:
     if not configs and scheduler is None:
         raise UnsupportedError("no config is in that folder", file=folder, remedy="name a diffusers folder")
     prediction = scheduler.get("prediction_type") if scheduler else None
-    return Stated(configs, frozenset(configs), scheduler, prediction, sources=source)
+    return Stated(configs, frozenset(configs), scheduler, prediction, why=source)
 
 
 def of_folder_files(checkpoint: Checkpoint) -> Stated:
@@ -157,16 +164,16 @@ def of_folder_files(checkpoint: Checkpoint) -> Stated:
     scheduler = found.get("scheduler")
     networks = {name: document for name, document in found.items() if name in NETWORKS}
     prediction = scheduler.get("prediction_type") if scheduler else None
-    return Stated(networks, frozenset(), scheduler, prediction, sources=("its scheduler says so",))
+    return Stated(networks, frozenset(), scheduler, prediction, why="its scheduler says so")
 
 
-def _of_yaml(facts: yaml_config.YamlFacts, source: tuple[str, ...]) -> Stated:
+def _of_yaml(facts: yaml_config.YamlFacts, source: str) -> Stated:
     configs: dict[str, dict[str, Any]] = {}
     if facts.num_heads:
         configs["unet"] = {"attention_head_dim": facts.num_heads}
     if facts.scale_factor:
         configs["vae"] = {"scaling_factor": facts.scale_factor}
-    return Stated(configs, prediction_type=facts.prediction_type, head_channels=facts.num_head_channels, sources=source)
+    return Stated(configs, prediction_type=facts.prediction_type, head_channels=facts.num_head_channels, why=source)
 
 
 def _content(path: Path) -> bytes:
@@ -183,7 +190,7 @@ def _in_metadata(checkpoint: Checkpoint) -> Stated:
         configs = dict(_recorded_configs(step.get(CONFIGS)))
         scheduler = step.get(SCHEDULER)
         if configs or isinstance(scheduler, dict):
-            kept = Stated(configs, sources=("its metadata say so",))
+            kept = Stated(configs, why="its metadata say so")
             if isinstance(scheduler, dict) and isinstance(scheduler.get("_class_name"), str):
                 kept = replace(kept, scheduler=scheduler, prediction_type=scheduler.get("prediction_type"))
             found = kept.over(found)

@@ -65,7 +65,7 @@ class Convert(Operation):
         model = identify(checkpoint)
         stated = stated_about(checkpoint, model, self.config)
         if self.prediction_type:
-            stated = Stated(prediction_type=self.prediction_type, sources=("as told",)).over(stated)
+            stated = Stated(prediction_type=self.prediction_type, why="as told").over(stated)
         if stated.whole:
             model = identify(checkpoint, stated.structures(model))
         changes: list[Change] = []
