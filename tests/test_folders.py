@@ -347,6 +347,7 @@ HOSTILE = {
     "a shard below": _shard_name("x/model.safetensors"),
     "a shard for Windows": _shard_name("..\\elsewhere\\model.safetensors"),
     "a shard of two dots": _shard_name(".."),
+    "a shard that no system can name": _shard_name("\ud800"),
     "a component above": _component_name("../elsewhere"),
     "an absolute component": _component_name("/etc"),
     "a component of two dots": _component_name(".."),

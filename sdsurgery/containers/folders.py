@@ -40,6 +40,9 @@ _OTHER_WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 _BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+_SHOWN = 200
+"""Letters of a name or a key that an error shows."""
+
 _REMEDY = "download or copy it again"
 
 
@@ -253,7 +256,7 @@ def _named(root: _Root, document: Mapping[str, Any]) -> Iterator[_Component]:
             continue
         if not is_plain(name) or name.startswith("."):
             raise HostileError(
-                f"it names a component {name[:200]!r}, which is no name of a folder",
+                f"it names a component {name[:_SHOWN]!r}, which is no name of a folder",
                 file=root.path / MODEL_INDEX,
                 remedy="don't use it, or mend the file if you trust where it came from",
             )
@@ -262,6 +265,10 @@ def _named(root: _Root, document: Mapping[str, Any]) -> Iterator[_Component]:
 
 def is_plain(name: str) -> bool:
     """Whether a name is that of something in the same folder, on every system."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # JSON can hold what no name can
+        return False
     return name not in {"", ".", ".."} and not any(letter in name for letter in "/\\:\0")
 
 
@@ -374,12 +381,14 @@ def _weight_map(root: _Root, index: str) -> dict[str, str]:
         raise CorruptError("it has no weight_map", file=root.path / index, remedy=_REMEDY)
     for key, name in weight_map.items():
         if not isinstance(name, str):
-            raise CorruptError("its weight_map doesn't name a file", file=root.path / index, key=key, remedy=_REMEDY)
+            raise CorruptError(
+                "its weight_map doesn't name a file", file=root.path / index, key=key[:_SHOWN], remedy=_REMEDY
+            )
         if not is_plain(name):
             raise HostileError(
-                f"it names a shard {name[:200]!r}, which is no name of a file beside it",
+                f"it names a shard {name[:_SHOWN]!r}, which is no name of a file beside it",
                 file=root.path / index,
-                key=key,
+                key=key[:_SHOWN],
                 remedy="don't use it, or mend the file if you trust where it came from",
             )
     return weight_map
@@ -393,14 +402,17 @@ def _check_shards(
         if key not in read[name]:
             path = root.path / component.file(name)
             raise CorruptError(
-                f"the index says that {key!r} is in it, and it isn't", file=path, key=key, remedy=_REMEDY
+                f"the index says that {key[:_SHOWN]!r} is in it, and it isn't",
+                file=path,
+                key=key[:_SHOWN],
+                remedy=_REMEDY,
             )
     for name, checkpoint in read.items():
         for key in checkpoint:
             if weight_map.get(key) != name:
                 where = f"lies in {weight_map[key]} too" if key in weight_map else "isn't in the index"
                 path = root.path / component.file(name)
-                raise CorruptError(f"{key!r} {where}", file=path, key=key, remedy=_REMEDY)
+                raise CorruptError(f"{key[:_SHOWN]!r} {where}", file=path, key=key[:_SHOWN], remedy=_REMEDY)
 
 
 def _metadata(weights: Iterable[WeightFile]) -> dict[str, str]:
