@@ -27,7 +27,7 @@ from sdsurgery.cli import app, bars, run
 from sdsurgery.operations import OPERATIONS
 
 OK, MERGED, VAE = FIXTURES / "sd1-ids-ok.safetensors", FIXTURES / "merged.ckpt", FIXTURES / "vae.safetensors"
-COMMANDS = ("inspect", "fix-clip", "merge-vae", "extract", "replace", "prune", "cast", "pipe")
+COMMANDS = ("inspect", "fix-clip", "merge-vae", "extract", "replace", "prune", "cast", "convert", "pipe")
 
 # The options of each command in the contract, the issue and the pages of `docs/commands`.
 WRITING = {"-o", "--output", "--in-place", "--dry-run", "--json", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
@@ -39,6 +39,8 @@ OPTIONS = {
     "replace": WRITING | {"--component", "--from", "--dtype"},
     "prune": WRITING | {"--ema", "--keep"},
     "cast": WRITING | {"--component", "--on-overflow"},
+    "convert": (WRITING - {"-o", "--output", "--in-place"})
+    | {"--to", "--dtype", "--variant", "--shard-size", "--ema", "--sidecar", "--config", "--prediction-type"},
     "pipe": WRITING,
 }
 
@@ -167,7 +169,7 @@ def test_an_unreadable_input_is_3(command: str, what: str, tmp_path: Path) -> No
     path = unreadable(what, tmp_path)
     words: list[Any] = {
         "merge-vae": [VAE], "extract": ["--component", "vae"], "cast": ["fp16"], "pipe": ["--dry-run", "fix-clip"],
-        "replace": ["--component", "vae", "--from", VAE],
+        "replace": ["--component", "vae", "--from", VAE], "convert": [tmp_path / "out"],
     }.get(command, [])  # fmt: skip
     told = cli(command, path, *words)
     assert (told.code, told.out) == (3, "")
