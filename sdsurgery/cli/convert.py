@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any, get_args
 
 import click
 
-from ..checkpoint import Checkpoint
-from ..containers import folders, save
+from .. import progress
+from ..checkpoint import Change, Checkpoint
+from ..containers import folder_writing, folders, save
 from ..containers import open as open_checkpoint
-from ..containers.saving import SUFFIXES, check_target, losses
+from ..containers.saving import SUFFIXES, check_target, content, losses
+from ..containers.writing import AtomicFile
 from ..errors import InputError, SurgeryError, UsageError
 from ..models import sidecar as sidecars
 from ..operations import Cast, Convert, sidecar_of
@@ -50,6 +53,11 @@ class _Request:
     def into_folder(self) -> bool:
         """Whether the target's name is a folder's."""
         return self.target.suffix.lower() not in SUFFIXES
+
+    @property
+    def folder_options(self) -> dict[str, Any]:
+        """How a folder's weights are to be called and split."""
+        return {"variant": self.variant, "shard_size": _size(self.shard_size)}
 
 
 @click.command("convert")
@@ -94,15 +102,15 @@ def convert_command(options: WriteOptions, **arguments: Any) -> None:
     """
     request = _Request(**arguments)
     _check(request)
-    try:
-        checkpoint = open_checkpoint(request.source, variant=None if request.into_folder else request.variant)
-    except SurgeryError:
-        refuse_output(request.target, options)
-        raise
     with listening(quiet=options.quiet):
-        result = _converted(request, checkpoint)
-        lost = losses(result, request.target)
-        check_target(result, request.target, force=options.force, in_place=False)
+        try:
+            checkpoint = open_checkpoint(request.source, variant=None if request.into_folder else request.variant)
+            result = _converted(request, checkpoint)
+        except SurgeryError:
+            # Where several exit codes hold, the highest counts.
+            refuse_output(request.target, options)
+            raise
+        lost = _checked(request, result, force=options.force)
         nbytes = 0 if options.dry_run else _write(request, checkpoint, result, force=options.force)
     Report(result, lost, request.target, nbytes, writes=True, options=options).print()
 
@@ -113,12 +121,14 @@ def _check(request: _Request) -> None:
             f"{request.target.name!r} is no name of a single file",
             remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}",
         )
-    if request.sidecar and request.layout == "diffusers" and (request.dtype or request.ema):
+    if request.sidecar and (request.dtype or request.ema):
         given = "--dtype" if request.dtype else "--ema"
         raise UsageError(
             f"--sidecar promises the original back, and {given} changes the weights",
             remedy="leave one of the two out",
         )
+    if request.sidecar and request.into_folder != (request.layout == "diffusers"):
+        raise UsageError("a sidecar lies beside a folder", remedy="name a folder, or leave out --sidecar")
     if request.shard_size is not None and not request.into_folder:
         raise UsageError("a single file has no shards", remedy="leave out --shard-size")
     _size(request.shard_size)
@@ -135,6 +145,11 @@ def _size(text: str | None) -> int | None:
 
 def _converted(request: _Request, checkpoint: Checkpoint) -> Checkpoint:
     """The model in the other layout; a sidecar beside a folder is used if it is the folder's."""
+    if request.sidecar and (checkpoint.folder is None) != request.into_folder:
+        raise UsageError(
+            "a sidecar keeps what a folder can't hold of a single file, and restores that file",
+            remedy="leave out --sidecar",
+        )
     beside = sidecars.path_beside(request.source)
     may_restore = request.layout == "ldm" and checkpoint.folder is not None
     if may_restore and request.sidecar:
@@ -163,17 +178,29 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
     return replace(result, folder=None) if lone_file else result
 
 
+def _checked(request: _Request, result: Checkpoint, *, force: bool) -> tuple[Change, ...]:
+    """What the output won't hold, if it may be written; reads no weight."""
+    lost = losses(result, request.target)
+    check_target(result, request.target, force=force, in_place=False)
+    if request.into_folder:
+        folder_writing.plan(result, request.target, **request.folder_options)  # for what it refuses
+        if request.sidecar:
+            check_target(Checkpoint({}), sidecars.path_beside(request.target), force=force, in_place=False)
+    return lost
+
+
 def _write(request: _Request, checkpoint: Checkpoint, result: Checkpoint, *, force: bool) -> int:
-    """Write the result, its sidecar first, so that a folder is never without the one that was asked for."""
+    """Write the result; a sidecar appears when its folder is there, and not at all if that fails."""
     if not request.into_folder:
         return save(result, request.target, force=force).nbytes
-    beside = sidecars.path_beside(request.target)
-    if request.sidecar:
-        save(sidecar_of(checkpoint, result), beside, force=force)
-    try:
-        size = _size(request.shard_size)
-        return save(result, request.target, force=force, variant=request.variant, shard_size=size).nbytes
-    except BaseException:
+    with contextlib.ExitStack() as stack:
         if request.sidecar:
-            beside.unlink(missing_ok=True)
-        raise
+            sidecar = sidecar_of(checkpoint, result)
+            parts = content(sidecar, sidecar.metadata)
+            nbytes = sum(part.nbytes for part in parts)
+            advance = stack.enter_context(progress.task("writing the sidecar", nbytes))
+            beside = sidecars.path_beside(request.target)
+            out = stack.enter_context(AtomicFile(beside, replace=force, size=nbytes, advance=advance))
+            for part in parts:
+                out.append(part)
+        return save(result, request.target, force=force, **request.folder_options).nbytes

@@ -179,8 +179,10 @@ def renamed_to_current(checkpoint: Checkpoint, model: Model) -> Converted:
     for key, tensor in checkpoint.items():
         if key in ids:
             result.drop(checkpoint, key, "position ids, which transformers makes by itself")
-        else:
+        elif key in current or checkpoint.folder:
             result.put(current.get(key, key), tensor, key)
+    if checkpoint.folder is None:
+        _drop_others(checkpoint, model, "diffusers", result)
     return result
 
 

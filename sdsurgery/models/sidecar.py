@@ -162,19 +162,19 @@ def _record(sidecar: Checkpoint) -> dict[str, Any]:
             and all(isinstance(text, str) for item in metadata.items() for text in item)
             and isinstance(record["blake3"], str)
             and all(_is_entry(*entry) for entry in tensors)
-            and len({entry[0] for entry in tensors}) == len(tensors)
         )
+        keys = {entry[0] for entry in tensors}
         # What isn't text to the letter can't be written.
-        "".join([header or "", *metadata, *metadata.values()]).encode()
+        "".join([header or "", *metadata, *metadata.values(), *keys]).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _corrupt(sidecar, "its record can't be read") from error
-    if not sound:
+    if not sound or len(keys) < len(tensors):
         raise _corrupt(sidecar, "its record isn't one that this version wrote")
     return dict(record)
 
 
 def _is_entry(key: Any, dtype: Any, shape: Any, source: Any) -> bool:
-    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
     names = isinstance(key, str) and (source is None or isinstance(source, str))
     return names and sizes and dtype in BY_NAME and _nbytes(dtype, shape) >= 0
 
