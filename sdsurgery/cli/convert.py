@@ -110,7 +110,7 @@ def convert_command(options: WriteOptions, **arguments: Any) -> None:
             # Where several exit codes hold, the highest counts.
             refuse_output(request.target, options)
             raise
-        lost = _checked(request, result, force=options.force)
+        lost = _checked(request, result, options)
         nbytes = 0 if options.dry_run else _write(request, checkpoint, result, force=options.force)
     Report(result, lost, request.target, nbytes, writes=True, options=options).print()
 
@@ -178,14 +178,15 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
     return replace(result, folder=None) if lone_file else result
 
 
-def _checked(request: _Request, result: Checkpoint, *, force: bool) -> tuple[Change, ...]:
+def _checked(request: _Request, result: Checkpoint, options: WriteOptions) -> tuple[Change, ...]:
     """What the output won't hold, if it may be written; reads no weight."""
     lost = losses(result, request.target)
-    check_target(result, request.target, force=force, in_place=False)
+    check_target(result, request.target, force=options.force, in_place=False)
+    refuse_output(request.target, options)
     if request.into_folder:
         folder_writing.plan(result, request.target, **request.folder_options)  # for what it refuses
         if request.sidecar:
-            check_target(Checkpoint({}), sidecars.path_beside(request.target), force=force, in_place=False)
+            check_target(Checkpoint({}), sidecars.path_beside(request.target), force=options.force, in_place=False)
     return lost
 
 
