@@ -547,3 +547,17 @@ def test_from_the_shell(tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert "wrote merged.fixed.safetensors" in result.out
     assert {dtype for dtype, _, _ in raw(tmp_path / "merged.fixed.safetensors").values()} == {"BF16", "F32"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("target", ["fp16", "bf16", "fp32"])
+def test_a_nan_that_signals_is_counted_in_silence(dtype: str, target: Any) -> None:
+    """NumPy warns of those, which in a real run would be noise on stderr, and is an error here."""
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    bits = {"float16": 0x7C01, "float32": 0x7F800001, "float64": 0x7FF0000000000001, "bfloat16": 0x7F81}[dtype]
+    array = np.array([bits], f"u{kind.itemsize}").view(kind)
+    cast = sd.Cast(target)(sd.Checkpoint.from_state_dict({"weight": array}))
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(cast["weight"].numpy().astype("float64")).all()
+    changed = bool(cast.changes)
+    assert [note.message for note in cast.notes if note.level == "warning"] == ["weight holds 1 NaN"] * changed

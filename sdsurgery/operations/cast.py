@@ -194,15 +194,16 @@ def _count_special(tensor: Tensor, target: DType, done: progress.Advance) -> tup
 
     nan = infinite = overflow = 0
     limit = _LARGEST[target.name]
-    for array in _arrays(tensor, _CHUNK):
-        done(array.nbytes)
-        if not array.size or _is_tame(array, limit):
-            continue
-        wide = array.astype(np.float64)
-        nan += int(np.isnan(wide).sum())
-        infinite += int(np.isinf(wide).sum())
-        converted = _convert(array, target, "inf").view(target.to_numpy())
-        overflow += int((np.isinf(converted) & np.isfinite(wide)).sum())
+    with np.errstate(invalid="ignore"):  # a signalling NaN is counted, and no reason for NumPy to speak up
+        for array in _arrays(tensor, _CHUNK):
+            done(array.nbytes)
+            if not array.size or _is_tame(array, limit):
+                continue
+            wide = array.astype(np.float64)
+            nan += int(np.isnan(wide).sum())
+            infinite += int(np.isinf(wide).sum())
+            converted = _convert(array, target, "inf").view(target.to_numpy())
+            overflow += int((np.isinf(converted) & np.isfinite(wide)).sum())
     return nan, infinite, overflow
 
 
