@@ -16,7 +16,7 @@ from .configs import CONFIG_NAME, NETWORKS, SCHEDULER_CONFIG_NAME, described
 from .identify import Model
 from .known import latent_space, provenance_of_vae
 from .position_ids import values
-from .stated import Stated
+from .stated import INDEX, Stated, silent_fields
 from .tokenizer import tokenizer_files
 from .walks import ClipConfig, Config, OpenClipConfig, UNetConfig, VaeConfig
 
@@ -205,6 +205,17 @@ class FolderFiles:
         self.notes.append(Note(f"prediction type {found.type}: {why}"))
         return dict(sorted((document | {"prediction_type": found.type}).items()))
 
+    def sides(self) -> dict[str, dict[str, Any]]:
+        """What is assumed of tokenizers and index where nobody states it: see :data:`stated.SILENT_FIELDS`."""
+        family = stock(self.model.base_family)
+        variant = self.model.family.removeprefix(self.model.base_family)
+        index = (family["pipelines"].get(variant) or family["pipelines"][""])["index"]
+        known = silent_fields(INDEX)
+        return {
+            **{name: {"pad_token": entry["pad_token"]} for name, entry in family["tokenizers"].items()},
+            INDEX: {field: value for field, value in index.items() if field in known},
+        }
+
     def _tokenizers(self, family: str) -> Iterator[tuple[str, bytes]]:
         for name, entry in stock(family)["tokenizers"].items():
             encoder = self.model.components.get(name.replace("tokenizer", "text_encoder"))
@@ -214,7 +225,8 @@ class FolderFiles:
             if vocabulary != _VOCABULARY:
                 message = f"the {encoder.name} has {vocabulary:,} tokens, and CLIP's tokenizer {_VOCABULARY:,}"
                 self.notes.append(Note(message, "warning"))
-            for file, content in tokenizer_files(entry["pad_token"], positions).items():
+            pad_token = self._stated.configs.get(name, entry).get("pad_token", entry["pad_token"])
+            for file, content in tokenizer_files(pad_token, positions).items():
                 yield f"{name}/{file}", content
 
     def _index(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +236,8 @@ class FolderFiles:
         if variant not in pipelines:
             message = f"diffusers has no pipeline for {self.model.family}: {entry['class']} is named, and won't draw"
             self.notes.append(Note(message, "warning"))
-        parts: dict[str, Any] = dict(entry["index"])
+        stated = self._stated.configs.get(INDEX, {})
+        parts: dict[str, Any] = {field: stated.get(field, value) for field, value in entry["index"].items()}
         for name in stock(family)["components"]:
             parts[name] = self._loaded_by(name)
         for name in stock(family)["tokenizers"]:

@@ -25,22 +25,35 @@ CONFIGS = "configs"
 SCHEDULER = "scheduler"
 """The facts of a step that keep, in a single file, what a folder's configs said."""
 
-SILENT_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "unet": (
-        "act_fn", "addition_time_embed_dim", "attention_head_dim", "center_input_sample", "downsample_padding",
-        "flip_sin_to_cos", "freq_shift", "mid_block_scale_factor", "norm_eps", "norm_num_groups", "num_attention_heads",
-        "sample_size", "upcast_attention",
-    ),
-    "vae": (
-        "act_fn", "force_upcast", "latents_mean", "latents_std", "norm_num_groups", "sample_size", "scaling_factor",
-        "shift_factor",
-    ),
-    "text_encoder": (
-        "bos_token_id", "eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id",
-        "projection_dim",
-    ),
+INDEX = "model_index"
+_SIDE_FILES: Mapping[str, str] = {
+    INDEX: "model_index.json",
+    "tokenizer": "tokenizer/tokenizer_config.json",
+    "tokenizer_2": "tokenizer_2/tokenizer_config.json",
+}
+
+SILENT_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "unet": {
+        "act_fn": "silu", "addition_time_embed_dim": None, "attention_head_dim": 8, "center_input_sample": False,
+        "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5, "norm_num_groups": 32, "num_attention_heads": None, "sample_size": None,
+        "upcast_attention": False,
+    },
+    "vae": {
+        "act_fn": "silu", "force_upcast": True, "latents_mean": None, "latents_std": None, "norm_num_groups": 32,
+        "sample_size": 32, "scaling_factor": 0.18215, "shift_factor": None,
+    },
+    "text_encoder": {
+        "bos_token_id": 49406, "eos_token_id": 49407, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "num_attention_heads": 8, "pad_token_id": 1, "projection_dim": 512,
+    },
+    "tokenizer": {"pad_token": None},
+    INDEX: {"force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False},
 }  # fmt: skip
-"""The fields of a component's config that no shape tells and that change what it computes, or how it is used."""
+"""The fields of a part's config that no shape tells and that change what it computes, or how it is used.
+
+With the value that diffusers and transformers take where a config lacks the field.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Stated:
     """What is stated.
 
     Attributes:
-        configs: Fields by component.
+        configs: Fields by component; those of tokenizers and of the pipeline's index, too.
         whole: Components whose config is a whole one, which tells their structure too.
         scheduler: A scheduler's config.
         prediction_type: ``epsilon`` or ``v_prediction``.
@@ -88,9 +101,9 @@ class Stated:
         return told
 
 
-def silent_fields(component: str) -> tuple[str, ...]:
+def silent_fields(part: str) -> Mapping[str, Any]:
     """See :data:`SILENT_FIELDS`."""
-    return SILENT_FIELDS["text_encoder" if component.startswith("text_encoder") else component]
+    return SILENT_FIELDS[part.removesuffix("_2")]
 
 
 def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike[str] | None) -> Stated:
@@ -155,7 +168,9 @@ def _of_folder(folder: Path, source: str) -> Stated:
     if not configs and scheduler is None:
         raise UnsupportedError("no config is in that folder", file=folder, remedy="name a diffusers folder")
     prediction = scheduler.get("prediction_type") if scheduler else None
-    return Stated(configs, frozenset(configs), scheduler, prediction, why=source)
+    there = {name: folder / name for name in _SIDE_FILES.values() if (folder / name).is_file()}
+    sides = _sides({name: read_document(_content(path), str(path)) for name, path in there.items()})
+    return Stated(configs | sides, frozenset(configs), scheduler, prediction, why=source)
 
 
 def of_folder_files(checkpoint: Checkpoint) -> Stated:
@@ -164,7 +179,28 @@ def of_folder_files(checkpoint: Checkpoint) -> Stated:
     scheduler = found.get("scheduler")
     networks = {name: document for name, document in found.items() if name in NETWORKS}
     prediction = scheduler.get("prediction_type") if scheduler else None
-    return Stated(networks, frozenset(), scheduler, prediction, why="its scheduler says so")
+    files = checkpoint.folder.files if checkpoint.folder else {}
+    there = {name: files[name] for name in _SIDE_FILES.values() if name in files and files[name].nbytes <= MAX_DOCUMENT}
+    sides = _sides({name: read_document(b"".join(data.chunks()), name) for name, data in there.items()})
+    return Stated(networks | sides, frozenset(), scheduler, prediction, why="its scheduler says so")
+
+
+def _sides(there: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the index and the tokenizers state, where it makes sense."""
+    found: dict[str, dict[str, Any]] = {}
+    for part, name in _SIDE_FILES.items():
+        fields = {field: there[name][field] for field in silent_fields(part) if field in there.get(name, {})}
+        pad = fields.get("pad_token")
+        if isinstance(pad, dict):  # as transformers 4 spelled out what it had added
+            fields["pad_token"] = pad.get("content")
+        found[part] = _sound(part, fields)
+    return {part: fields for part, fields in found.items() if fields}
+
+
+def _sound(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of index or tokenizer that hold what such fields hold."""
+    kind = bool if part == INDEX else str
+    return {field: value for field, value in fields.items() if isinstance(value, kind)}
 
 
 def _of_yaml(facts: yaml_config.YamlFacts, source: str) -> Stated:
@@ -184,9 +220,11 @@ def _content(path: Path) -> bytes:
 
 
 def _in_metadata(checkpoint: Checkpoint) -> Stated:
-    """What the record of an earlier conversion kept."""
+    """What the record of the last conversion kept, but for components that were replaced since."""
     found = Stated()
     for step in [*history.recorded(checkpoint.metadata), *map(history.describe, checkpoint.steps)]:
+        if step.get("operation") == "convert" and step.get("changes"):
+            found = Stated()
         configs = dict(_recorded_configs(step.get(CONFIGS)))
         scheduler = step.get(SCHEDULER)
         if configs or isinstance(scheduler, dict):
@@ -194,11 +232,24 @@ def _in_metadata(checkpoint: Checkpoint) -> Stated:
             if isinstance(scheduler, dict) and isinstance(scheduler.get("_class_name"), str):
                 kept = replace(kept, scheduler=scheduler, prediction_type=scheduler.get("prediction_type"))
             found = kept.over(found)
+        gone = _replaced(step)
+        found = replace(found, configs={name: said for name, said in found.configs.items() if name != gone})
     return found
+
+
+def _replaced(step: Mapping[str, Any]) -> str | None:
+    """The component that a step took from another model."""
+    if step.get("operation") == "merge-vae":
+        return "vae"
+    parameters = step.get("parameters")
+    if step.get("operation") == "replace" and isinstance(parameters, dict):
+        return str(parameters.get("component"))
+    return None
 
 
 def _recorded_configs(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Only what we would have written: a record in somebody's metadata may hold anything."""
     for name, fields in value.items() if isinstance(value, dict) else ():
-        if name in NETWORKS and isinstance(fields, dict):
-            yield name, {key: fields[key] for key in silent_fields(name) if key in fields}
+        if name in {*NETWORKS, *_SIDE_FILES} and isinstance(fields, dict):
+            known = {key: fields[key] for key in silent_fields(name) if key in fields}
+            yield name, known if name in NETWORKS else _sound(name, known)

@@ -160,19 +160,22 @@ def _unheld(checkpoint: Checkpoint, files: FolderFiles, stated: Stated) -> dict[
     stand_there = documents(checkpoint)
     for name, component in files.model.networks.items():
         said = stand_there.get(name, stand_there.get("", {}))
-        assumed = files.config(component)
-        fields = {field: said[field] for field in silent_fields(name) if field in said}
-        unlike = {field: value for field, value in fields.items() if value is not None and value != assumed.get(field)}
-        if unlike:
-            configs[name] = unlike
-    if configs:
-        facts[CONFIGS] = configs
-    if stated.scheduler and len(files.model.networks) > 1:
-        said = {field: value for field, value in stated.scheduler.items() if field != "_diffusers_version"}
-        assumed = files.scheduler()
-        if any(assumed.get(field) != value for field, value in said.items()):
-            facts[SCHEDULER] = said
+        configs[name] = _unlike(silent_fields(name), said, files.config(component))
+    if len(files.model.networks) > 1:
+        for name, assumed in files.sides().items():
+            configs[name] = _unlike(assumed, stated.configs.get(name, {}), assumed)
+        scheduler = {field: value for field, value in (stated.scheduler or {}).items() if field != "_diffusers_version"}
+        if scheduler and {"prediction_type": "epsilon"} | scheduler != files.scheduler():
+            facts[SCHEDULER] = scheduler
+    if any(configs.values()):
+        facts[CONFIGS] = {name: fields for name, fields in configs.items() if fields}
     return facts
+
+
+def _unlike(defaults: Mapping[str, Any], said: Mapping[str, Any], assumed: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that mean another thing than what would be assumed; one that it lacks has its default."""
+    fields = {field: said.get(field, default) for field, default in defaults.items()}
+    return {field: value for field, value in fields.items() if value != assumed.get(field, defaults[field])}
 
 
 def _mark(converted: Converted, prediction: Prediction) -> None:
