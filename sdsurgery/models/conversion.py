@@ -170,17 +170,21 @@ def renamed_to_current(checkpoint: Checkpoint, model: Model) -> Converted:
     """A diffusers model under today's names: text encoders with ``text_model.``, the VAE's attention as since 0.17."""
     result = Converted()
     current = {
-        key: component.prefix + name
+        key: (component.prefix.removeprefix(model.wrapper) + name, component.table[name].shape)
         for component in model.networks.values()
         for name, key in component.keys.items()
         if name != POSITION_IDS
     }
     ids = {key for component in model.networks.values() for key in component.all_keys()} - current.keys()
     for key, tensor in checkpoint.items():
+        name, shape = current.get(key, (key, tensor.shape))
         if key in ids:
             result.drop(checkpoint, key, "position ids, which transformers makes by itself")
+        elif tensor.shape != shape:  # a 1 x 1 convolution where diffusers has a linear layer
+            result.tensors[name] = Tensor(tensor.dtype, shape, tensor.data)
+            result.changes.append(Change(key, "replaced", str(tensor), str(result.tensors[name])))
         elif key in current or checkpoint.folder:
-            result.put(current.get(key, key), tensor, key)
+            result.put(name, tensor, key)
     if checkpoint.folder is None:
         _drop_others(checkpoint, model, "diffusers", result)
     return result

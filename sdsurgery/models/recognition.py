@@ -240,17 +240,16 @@ _OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0
 
 def vae(place: Place) -> Component:
     """The VAE that these names are of, however many of its weights are there."""
-    if place.layout == "diffusers":
-        place = replace(place, names=_without_old_names(place.names))
+    names = _without_old_names(place.names) if place.layout == "diffusers" else place.names
     stock = VaeConfig()
-    if not place.explains(stock):
+    if not place.explains(stock, names):
         stem, block = ("encoder.down", "block") if place.layout == "ldm" else ("encoder.down_blocks", "resnets")
-        levels = _count(place.names, stem + ".{}." + block + ".0.norm1.weight")
-        residual = _count(place.names, f"{stem}.0.{block}." + "{}.norm1.weight")
+        levels = _count(names, stem + ".{}." + block + ".0.norm1.weight")
+        residual = _count(names, f"{stem}.0.{block}." + "{}.norm1.weight")
         regular = VaeConfig(residual=residual, channels=(0,) * levels)
-        if levels and residual and place.explains(regular):
+        if levels and residual and place.explains(regular, names):
             stock = regular
-    return place.component("vae", stock)
+    return place.component("vae", stock, names)
 
 
 def _count(names: Mapping[str, str], pattern: str) -> int:
@@ -258,14 +257,16 @@ def _count(names: Mapping[str, str], pattern: str) -> int:
 
 
 def _without_old_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Names of today, for the attention that diffusers renamed; whole segments only."""
+    """Names of today, for the attention that diffusers renamed; whole segments only. Where both are there, today's."""
     today = {old: new for new, old in _OLD_VAE_ATTENTION.items()}
     result: dict[str, str] = {}
     for name, key in names.items():
         head, attention, tail = name.partition(".mid_block.attentions.0.")
         segment, _, kind = tail.partition(".")
-        new = f"{head}{attention}{today[segment]}.{kind}" if attention and segment in today else name
-        result.setdefault(new, key)
+        if attention and segment in today:
+            result.setdefault(f"{head}{attention}{today[segment]}.{kind}", key)
+        else:
+            result[name] = key
     return result
 
 
