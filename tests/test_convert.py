@@ -442,7 +442,9 @@ def test_a_folder_states_what_shapes_dont_tell(tmp_path: Path) -> None:
     ):
         (named / name).write_text(json.dumps(config(named, name) | fields), "utf-8")
     folder = tmp_path / "folder"
-    assert cli("convert", model, folder, "--config", named).code == 0
+    result = cli("convert", model, folder, "--config", named)
+    assert result.code == 0
+    assert "prediction type v_prediction: named says so" in result.out
     assert config(folder, "unet/config.json")["norm_num_groups"] == 1
     assert config(folder, "unet/config.json")["attention_head_dim"] == 3
     assert config(folder, "vae/config.json")["scaling_factor"] == 0.5

@@ -189,6 +189,8 @@ class FolderFiles:
     def scheduler(self) -> dict[str, Any]:
         """The ``scheduler_config.json``."""
         found, family = self.prediction, self.model.base_family
+        why = found.why or "assumed, as published models of the family have it; state another with --prediction-type"
+        self.notes.append(Note(f"prediction type {found.type}: {why}"))
         if self._stated.scheduler:
             return dict(sorted((dict(self._stated.scheduler) | {"prediction_type": found.type}).items()))
         document = dict(stock(family)["scheduler"])
@@ -201,8 +203,6 @@ class FolderFiles:
             self.notes.append(Note("its text encoder lies where SD2-Turbo has it: the scheduler is Turbo's"))
         if found.zero_snr:
             document |= stock("sdxl")["overrides"]["zero_snr"]["scheduler"]
-        why = found.why or "assumed, as published models of the family have it; state another with --prediction-type"
-        self.notes.append(Note(f"prediction type {found.type}: {why}"))
         return dict(sorted((document | {"prediction_type": found.type}).items()))
 
     def sides(self) -> dict[str, dict[str, Any]]:
