@@ -109,8 +109,12 @@ def components(folder: Path) -> tuple[str, ...]:
 
 
 def module(folder: Path, name: str) -> torch.nn.Module:
+    """The module that a config of our folder describes, without weights."""
+    return built_of(document(folder, f"{name}/config.json"))
+
+
+def built_of(config: dict[str, Any]) -> torch.nn.Module:
     """The module that a config describes, without weights."""
-    config = document(folder, f"{name}/config.json")
     with torch.device("meta"):
         if "_class_name" in config:
             return getattr(diffusers, config["_class_name"]).from_config(config)  # type: ignore[no-any-return]

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import synthetic
 import torch
-from conftest import cli
+from conftest import cli, outline
 from diffusers.loaders import single_file_utils
 from oracle_support import (
     CASES,
     Case,
     assert_same,
+    built_of,
     components,
     converted,
     document,
@@ -29,6 +31,8 @@ from oracle_support import (
     weights,
 )
 from safetensors.torch import load_file, save_file
+
+import sdsurgery as sd
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 
@@ -113,6 +117,28 @@ def _unheld(case: Case, key: str) -> bool:
 def test_prediction_type_is_told(made: Made) -> None:
     scheduler = document(made.folder, "scheduler/scheduler_config.json")
     assert scheduler["prediction_type"] == made.case.prediction
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_published_widths(case: Case) -> None:
+    """Without a byte of weights: the published configs, and the shapes of the modules that they describe."""
+    shapes = synthetic.shapes(case.family, synthetic.FULL[case.family], inputs=case.inputs)
+    folder = outline(shapes).pipe(sd.Convert("diffusers", prediction_type=case.prediction))  # type: ignore[arg-type]
+    assert not [
+        note
+        for step in folder.steps
+        for note in step.notes
+        if note.level == "warning" and "no published" in note.message
+    ]
+    assert folder.folder is not None
+    configs = {name.partition("/")[0]: json.loads(b"".join(data.chunks()))
+               for name, data in folder.folder.files.items() if name.endswith("/config.json")}  # fmt: skip
+    assert configs.keys() == COUNTS[case.family].keys()
+    for name, config in configs.items():
+        built = {key: tuple(value.shape) for key, value in built_of(config).state_dict().items()}
+        ours = {key.removeprefix(f"{name}/"): tensor for key, tensor in folder.items() if key.startswith(f"{name}/")}
+        plain = {key.removeprefix("text_model."): tensor.shape for key, tensor in ours.items()}
+        assert plain == {key.removeprefix("text_model."): shape for key, shape in built.items()}
 
 
 # ---------------------------------------------------------------- known traps

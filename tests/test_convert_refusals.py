@@ -373,6 +373,37 @@ def test_configs_that_contradict_the_weights(
     refused(other, tmp_path / ("a.safetensors" if to == "ldm" else "a"), name, "--to", to)
 
 
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("unet", "attention_head_dim"), ("unet", "norm_num_groups"), ("vae", "norm_num_groups"),
+     ("text_encoder", "num_attention_heads")],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [0, None, "x", [], [0, 1], {}, 1e300])
+def test_configs_that_no_module_is_built_of(
+    made: Callable[[str], Path], tmp_path: Path, part: str, field: str, value: Any
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made("sd2"), other)
+    edited(other, f"{part}/config.json", **{field: value})
+    for target in (tmp_path / "a.safetensors", tmp_path / "a"):
+        done = cli("convert", other, target, "--to", "ldm" if target.suffix else "diffusers", "--json")
+        assert done.code == 3
+        assert done.json["error"]["kind"] == "corrupt"
+        assert done.json["error"]["file"] == str(other / part / "config.json")
+        assert not target.exists()
+
+
+@pytest.mark.parametrize("value", ["sample", "flow_prediction", 5, None, [1]])
+def test_prediction_types_of_no_webui(made: Callable[[str], Path], tmp_path: Path, value: Any) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made("sd2"), other)
+    edited(other, "scheduler/scheduler_config.json", prediction_type=value)
+    back = converted(converted(other, tmp_path / "a.safetensors"), tmp_path / "back")
+    assert (tmp_path / "a.yaml").exists() != isinstance(value, str)
+    expected = value if isinstance(value, str) else "epsilon"
+    assert document(back, "scheduler/scheduler_config.json")["prediction_type"] == expected
+
+
 @pytest.mark.parametrize("fault", ["missing", "misshapen", "of no dimension"])
 @pytest.mark.parametrize(("family", "name"), PARTS)
 def test_single_files_that_are_not_whole(tmp_path: Path, family: str, name: str, fault: str) -> None:

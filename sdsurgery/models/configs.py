@@ -162,6 +162,11 @@ def _unet(document: Mapping[str, Any]) -> UNetConfig:
     if any(isinstance(depth, list) for depth in depths):
         raise _UnknownFieldError("transformer_layers_per_block", depths)
     depths = _sizes({"transformer_layers_per_block": depths}, "transformer_layers_per_block", ())
+    heads = document.get("attention_head_dim", 8)
+    listed = heads if isinstance(heads, list | tuple) else [heads] * count
+    if len(_sizes({"attention_head_dim": listed}, "attention_head_dim", ())) != count:
+        raise ValueError(f"attention_head_dim is {heads!r}")
+    _size(document, "norm_num_groups", 32)
     vector = document.get("addition_embed_type") == "text_time"
     return UNetConfig(
         depths=tuple(depth if attention else 0 for depth, attention in zip(depths, attends, strict=True)),
@@ -190,6 +195,7 @@ def _vae(document: Mapping[str, Any]) -> VaeConfig:
     for field, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         for kind in document.get(field, [known] * len(channels)):
             _block({known: True}, field, kind)
+    _size(document, "norm_num_groups", 32)
     pixels = _size(document, "in_channels", 3)
     if _size(document, "out_channels", 3) != pixels:
         raise _UnknownFieldError("out_channels", document.get("out_channels"))
@@ -203,6 +209,7 @@ def _vae(document: Mapping[str, Any]) -> VaeConfig:
 
 def _text_encoder(document: Mapping[str, Any], *, second: bool, open_clip: bool) -> ClipConfig | OpenClipConfig:
     layers = _size(document, "num_hidden_layers", 12)
+    _size(document, "num_attention_heads", 8)
     projected = "CLIPTextModelWithProjection" in (document.get("architectures") or [])
     found = ClipConfig(
         layers=layers,

@@ -119,7 +119,8 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
         CorruptError: If a config makes no sense.
         UnsupportedError: If a config is of no known kind.
     """
-    found = _in_metadata(checkpoint)
+    # A folder's own configs tell more than what an earlier file's record says, and later.
+    found = Stated() if checkpoint.folder else _in_metadata(checkpoint)
     beside = _beside(checkpoint)
     if beside is not None:
         try:
@@ -167,10 +168,9 @@ def _of_folder(folder: Path, source: str) -> Stated:
     scheduler = read_document(_content(file), str(file)) if file.is_file() else None
     if not configs and scheduler is None:
         raise UnsupportedError("no config is in that folder", file=folder, remedy="name a diffusers folder")
-    prediction = scheduler.get("prediction_type") if scheduler else None
     there = {name: folder / name for name in _SIDE_FILES.values() if (folder / name).is_file()}
     sides = _sides({name: read_document(_content(path), str(path)) for name, path in there.items()})
-    return Stated(configs | sides, frozenset(configs), scheduler, prediction, why=source)
+    return Stated(configs | sides, frozenset(configs), scheduler, _predicted(scheduler), why=source)
 
 
 def of_folder_files(checkpoint: Checkpoint) -> Stated:
@@ -178,11 +178,15 @@ def of_folder_files(checkpoint: Checkpoint) -> Stated:
     found = documents(checkpoint)
     scheduler = found.get("scheduler")
     networks = {name: document for name, document in found.items() if name in NETWORKS}
-    prediction = scheduler.get("prediction_type") if scheduler else None
     files = checkpoint.folder.files if checkpoint.folder else {}
     there = {name: files[name] for name in _SIDE_FILES.values() if name in files and files[name].nbytes <= MAX_DOCUMENT}
     sides = _sides({name: read_document(b"".join(data.chunks()), name) for name, data in there.items()})
-    return Stated(networks | sides, frozenset(), scheduler, prediction, why="its scheduler says so")
+    return Stated(networks | sides, frozenset(), scheduler, _predicted(scheduler), why="its scheduler says so")
+
+
+def _predicted(scheduler: Mapping[str, Any] | None) -> str | None:
+    found = scheduler.get("prediction_type") if scheduler else None
+    return found if isinstance(found, str) else None
 
 
 def _sides(there: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -230,7 +234,7 @@ def _in_metadata(checkpoint: Checkpoint) -> Stated:
         if configs or isinstance(scheduler, dict):
             kept = Stated(configs, why="its metadata say so")
             if isinstance(scheduler, dict) and isinstance(scheduler.get("_class_name"), str):
-                kept = replace(kept, scheduler=scheduler, prediction_type=scheduler.get("prediction_type"))
+                kept = replace(kept, scheduler=scheduler, prediction_type=_predicted(scheduler))
             found = kept.over(found)
         gone = _replaced(step)
         found = replace(found, configs={name: said for name, said in found.configs.items() if name != gone})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step, Tensor
 from ..dtypes import F32
@@ -211,4 +211,6 @@ def _yaml(files: FolderFiles, stated: Stated, prediction: Prediction) -> dict[st
 
 
 def _said(files: FolderFiles, stated: Stated, component: Component) -> dict[str, Any]:
+    if prediction.type not in get_args(PredictionType):  # the webui knows no other
+        return {}
     return files.config(component) | dict(stated.configs.get(component.name, {}))
