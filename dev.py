@@ -36,7 +36,7 @@ def install(what: str) -> None:
 
 
 def demo() -> None:
-    """The story of Anything V3.1 on a small model: broken position ids and a bad VAE, mended in one line, and converted."""
+    """The story of Anything V3.1 on a small model: bad position ids and VAE, mended in one line, then converted."""
     install(".")
     folder = ROOT / "demo"
     shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,8 @@ FOLDER gets about 40 GB of made-up checkpoints and outputs; how it is measured s
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def races(folder: Path) -> list[Race]:
         copied, out, back = folder / "out-cp.safetensors", folder / "out-folder", folder / "out.safetensors"
         plain = folder / f"{family}-plain"
         if not plain.exists():  # the same weights without a sidecar beside them
-            plain.symlink_to(model.name)
+            shutil.copytree(model, plain, copy_function=os.link)
         found.append(Race(f"{family}, {size}, to a folder", [
             Contender("cp --reflink=never + flush", copy(single, copied), copied),
             Contender("sdsurgery convert", [*SDSURGERY, "convert", str(single), str(out), "--quiet"], out),

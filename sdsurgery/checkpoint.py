@@ -252,6 +252,7 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: What belongs to it besides tensors where it lies in a folder, with keys such as ``unet/conv_in.weight``.
         header: The exact header to write, where a safetensors file is restored as it was: its eight bytes of length,
             and the JSON as it stood there.
+        as_it_was: Whether the metadata are to be written as they are, with nothing appended: a file is restored.
         companions: Files to be written beside a single file, by the suffix that takes the place of its own.
     """
 
@@ -261,6 +262,7 @@ class Checkpoint(Mapping[str, Tensor]):
     origin: Origin | None = None
     folder: Folder | None = None
     header: bytes | None = None
+    as_it_was: bool = False
     companions: Mapping[str, Data] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -315,7 +317,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def evolve(self, tensors: Mapping[str, Tensor], step: Step, **changes: Any) -> Checkpoint:
         """The checkpoint with other tensors, and a step that tells why."""
-        return replace(self, tensors=tensors, steps=(*self.steps, step), header=None, **changes)
+        return replace(self, tensors=tensors, steps=(*self.steps, step), header=None, as_it_was=False, **changes)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Saved:
         """Write it; see :func:`sdsurgery.containers.save` for the options."""

@@ -150,7 +150,7 @@ def _converted(request: _Request, checkpoint: Checkpoint) -> Checkpoint:
             "a sidecar keeps what a folder can't hold of a single file, and restores that file",
             remedy="leave out --sidecar",
         )
-    beside = sidecars.path_beside(request.source)
+    beside = _sidecar_of_source(request.source)
     may_restore = request.layout == "ldm" and checkpoint.folder is not None
     if may_restore and request.sidecar:
         return _pipe(request, checkpoint, beside)
@@ -164,6 +164,12 @@ def _converted(request: _Request, checkpoint: Checkpoint) -> Checkpoint:
     return _pipe(request, checkpoint, None)
 
 
+def _sidecar_of_source(source: Path) -> Path:
+    """Beside the folder as it was named, or else beside the one that a link leads to."""
+    beside = sidecars.path_beside(source)
+    return beside if beside.is_file() or not source.is_symlink() else sidecars.path_beside(source.resolve())
+
+
 def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Checkpoint:
     convert = Convert(
         request.layout,
@@ -173,6 +179,11 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
         sidecar=sidecar,
     )
     result = checkpoint.pipe(convert, *([Cast(request.dtype)] if request.dtype else []))
+    if result.folder and not request.into_folder and not folders.is_lone(result):
+        raise UsageError(
+            f"{request.target.name!r} is a file's name, and diffusers' layout of a whole model is a folder",
+            remedy="leave out the suffix",
+        )
     # A lone component may go into a file under diffusers' names, without the config that its folder would have.
     lone_file = not request.into_folder and folders.is_lone(result)
     return replace(result, folder=None) if lone_file else result

@@ -221,6 +221,8 @@ def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...
 
 def with_history(checkpoint: Checkpoint, source: SourceFile | None) -> dict[str, str]:
     """The metadata, with what was done to the file."""
+    if checkpoint.as_it_was:
+        return dict(checkpoint.metadata)
     known = source.known_sha256 if source else None
     return history.with_history(checkpoint.metadata, checkpoint.steps, **({"source_sha256": known} if known else {}))
 

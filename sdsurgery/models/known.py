@@ -77,7 +77,11 @@ def latent_space(family: str) -> str | None:
 
 
 def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
-    """Whose VAE it is, as far as the file tells: by the model around it, by its record, or by its hash."""
+    """Whose VAE it is, as far as can be told: by its config, the model around it, its record, or its file's hash."""
+    stated = documents(checkpoint)
+    scale = stated.get("vae", stated.get("", {})).get("scaling_factor")
+    if isinstance(scale, float) and scale in _SCALES:
+        return Provenance(_SCALES[scale], f"its config states a latent scale of {scale}")
     family = ""
     for step in reversed([*history.recorded(checkpoint.metadata), *map(history.describe, checkpoint.steps)]):
         if step.get("operation") == "merge-vae" or _parameter(step, "component") == "vae":
@@ -92,10 +96,6 @@ def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
     for prefix, told in _ARCHITECTURES.items():
         if architecture.startswith(prefix):
             return Provenance(told, f"its metadata say {architecture}")
-    stated = documents(checkpoint)
-    scale = stated.get("vae", stated.get("", {})).get("scaling_factor")
-    if scale in _SCALES:
-        return Provenance(_SCALES[scale], f"its config states a latent scale of {scale}")
     known = known_file(checkpoint.origin.file) if checkpoint.origin and checkpoint.origin.file else None
     return Provenance(known.family, f"it is {known.name}", known.sha256) if known else Provenance()
 

@@ -92,12 +92,12 @@ class Convert(Operation):
 
     def _to_ldm(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
         if model.layout == "ldm":
+            if self.sidecar is not None:
+                raise UsageError("it is in ldm's layout already, and no sidecar restores it", remedy="leave it out")
             step = Step(self.name, self.parameters(), tuple(changes), (Note("it is in ldm's layout already"),))
             return checkpoint.evolve(checkpoint.tensors, step)
         stated = stated.over(of_folder_files(checkpoint))
         converted = from_diffusers(checkpoint, model)
-        if self.sidecar is not None:
-            return self._restored(checkpoint, converted, opened(self.sidecar))
         single = Checkpoint(converted.tensors)
         files = FolderFiles(single, identify(single), Stated())
         facts = _unheld(checkpoint, files, stated)
@@ -106,10 +106,19 @@ class Convert(Operation):
         if family == "sdxl":
             _mark(converted, prediction)
         companions = _yaml(files, stated, prediction)
+        if self.sidecar is not None:
+            return self._restored(checkpoint, converted, opened(self.sidecar), companions)
         notes = [Note(f"{name} is kept in the metadata: no shape tells it") for name in facts]
+        notes += [_companion_note(suffix) for suffix in companions]
         return self._result(checkpoint, converted, changes, notes, facts, folder=None, companions=companions)
 
-    def _restored(self, checkpoint: Checkpoint, converted: Converted, sidecar: Checkpoint) -> Checkpoint:
+    def _restored(
+        self,
+        checkpoint: Checkpoint,
+        converted: Converted,
+        sidecar: Checkpoint,
+        companions: Mapping[str, InMemory],
+    ) -> Checkpoint:
         found = sidecars.restore(converted.tensors, sidecar)
         kept = [change for change in converted.changes if change.kind == "renamed" and change.key in found.tensors]
         added = [Change(key, "added", None, f"{sidecar[key]}, from the sidecar") for key in sidecar]
@@ -118,9 +127,12 @@ class Convert(Operation):
         else:
             message = "the weights are no longer those that the sidecar was written for: the original isn't restored"
             note = Note(message, "warning")
-        step = Step(self.name, self.parameters(), (*kept, *added), (*converted.notes[:1], note), input_record(sidecar))
-        result = without_aside(checkpoint).evolve(found.tensors, step, folder=None, metadata=found.metadata)
-        return replace(result, header=found.header)
+        notes = (*converted.notes[:1], note, *map(_companion_note, companions))
+        step = Step(self.name, self.parameters(), (*kept, *added), notes, input_record(sidecar))
+        result = without_aside(checkpoint).evolve(
+            found.tensors, step, folder=None, metadata=found.metadata, companions=companions
+        )
+        return replace(result, header=found.header, as_it_was=found.exact)
 
     def _result(
         self,
@@ -140,6 +152,10 @@ class Convert(Operation):
             facts=facts or {},
         )
         return without_aside(checkpoint).evolve(converted.tensors, step, **fields)
+
+
+def _companion_note(suffix: str) -> Note:
+    return Note(f"a {suffix} of the same name is written beside it, which A1111's webui needs for such a model")
 
 
 def sidecar_of(original: Checkpoint, converted: Checkpoint) -> Checkpoint:
@@ -195,6 +211,8 @@ def _yaml(files: FolderFiles, stated: Stated, prediction: Prediction) -> dict[st
     needed = family == "sd2" or (family == "sd1" and (variant or prediction.type == "v_prediction"))
     if not needed or unet is None or vae is None or len(model.networks) < 2:
         return {}
+    if prediction.type not in get_args(PredictionType):  # the webui knows no other
+        return {}
     assert isinstance(unet.config, UNetConfig)  # noqa: S101 - for the type checker
     assert isinstance(vae.config, VaeConfig)  # noqa: S101
     heads = _said(files, stated, unet)["attention_head_dim"]
@@ -211,6 +229,4 @@ def _yaml(files: FolderFiles, stated: Stated, prediction: Prediction) -> dict[st
 
 
 def _said(files: FolderFiles, stated: Stated, component: Component) -> dict[str, Any]:
-    if prediction.type not in get_args(PredictionType):  # the webui knows no other
-        return {}
     return files.config(component) | dict(stated.configs.get(component.name, {}))

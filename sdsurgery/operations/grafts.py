@@ -15,6 +15,7 @@ from ..models.configs import CONFIG_NAME, documents
 from ..models.conversion import in_layout, misfits
 from ..models.identify import VAE_PREFIX, Model, identify
 from ..models.known import VAE_FAMILY, Provenance, latent_space, provenance_of_vae
+from ..models.stated import silent_fields
 from ..models.walks import Layout, UNetConfig
 from ..sources import InMemory
 from .base import Operation, Param, Source, input_record, opened
@@ -243,8 +244,8 @@ def _graft(
             continue
         tensors[key] = tensor
     folder = checkpoint.folder
-    if changes and folder and donor.config:
-        folder, change = _with_config(folder, target, donor.config)
+    if folder and donor.config:
+        folder, change = _with_config(checkpoint, folder, target, donor.config)
         changes.extend(change)
     kept = [key for name, key in target.keys.items() if name not in weights and name != POSITION_IDS]
     if kept:
@@ -258,13 +259,15 @@ def _graft(
     return checkpoint.evolve(tensors, step, folder=folder)
 
 
-def _with_config(folder: Folder, target: Component, config: Mapping[str, Any]) -> tuple[Folder, list[Change]]:
-    """The folder with the component's config replaced: what it computes is told there, as far as shapes don't."""
+def _with_config(
+    checkpoint: Checkpoint, folder: Folder, target: Component, config: Mapping[str, Any]
+) -> tuple[Folder, list[Change]]:
+    """The folder with the donor's config, if that tells something else than the model's: no shape does."""
+    own = documents(checkpoint).get(target.prefix.rstrip("/"), {})
+    if all(own.get(field) == config.get(field) for field in silent_fields(target.name)):
+        return folder, []
     name = target.prefix + CONFIG_NAME
     content = json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-    old = folder.files.get(name)
-    if old and b"".join(old.chunks()) == content:
-        return folder, []
     files = {**folder.files, name: InMemory(content)}
     return replace(folder, files=files), [Change(name, "replaced", "the config", "the donor's config")]
 
