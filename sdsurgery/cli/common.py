@@ -98,7 +98,7 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
         raise
     named = model if options.in_place else options.output
     # What lies in a folder may leave it, and the other way round: then only the result tells what may be written.
-    same_kind = all(operation.whole for operation in operations)
+    same_kind = all(operation.whole and operation.keeps_container for operation in operations)
     if named is not None and same_kind:
         target_container(checkpoint, named, in_place=options.in_place)
     if named is not None and (same_kind or checkpoint.folder is None):

@@ -16,7 +16,7 @@ from ..containers import folder_writing, folders, save
 from ..containers import open as open_checkpoint
 from ..containers.saving import SUFFIXES, check_target, content, losses
 from ..containers.writing import AtomicFile
-from ..errors import InputError, SurgeryError, UsageError
+from ..errors import InputError, MismatchError, OutputExistsError, SurgeryError, UsageError
 from ..models import sidecar as sidecars
 from ..operations import Cast, Convert, sidecar_of
 from ..operations.cast import DTypeName
@@ -104,15 +104,27 @@ def convert_command(options: WriteOptions, **arguments: Any) -> None:
     _check(request)
     with listening(quiet=options.quiet):
         try:
-            checkpoint = open_checkpoint(request.source, variant=None if request.into_folder else request.variant)
+            checkpoint = _opened(request)
             result = _converted(request, checkpoint)
         except SurgeryError:
             # Where several exit codes hold, the highest counts.
             refuse_output(request.target, options)
             raise
-        lost = _checked(request, result, options)
+        lost = _checked(request, checkpoint, result, options)
         nbytes = 0 if options.dry_run else _write(request, checkpoint, result, force=options.force)
     Report(result, lost, request.target, nbytes, writes=True, options=options).print()
+
+
+def _opened(request: _Request) -> Checkpoint:
+    """The source; of a folder the variant that is named, which a folder to be written needn't come from."""
+    if request.variant is None or (request.into_folder and not request.source.is_dir()):
+        return open_checkpoint(request.source)
+    try:
+        return open_checkpoint(request.source, variant=request.variant)
+    except SurgeryError:
+        if not request.into_folder:
+            raise
+        return open_checkpoint(request.source)
 
 
 def _check(request: _Request) -> None:
@@ -121,12 +133,13 @@ def _check(request: _Request) -> None:
             f"{request.target.name!r} is no name of a single file",
             remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}",
         )
-    if request.sidecar and (request.dtype or request.ema):
-        given = "--dtype" if request.dtype else "--ema"
-        raise UsageError(
-            f"--sidecar promises the original back, and {given} changes the weights",
-            remedy="leave one of the two out",
-        )
+    changing = {"--dtype": request.dtype, "--ema": request.ema}
+    if request.layout == "ldm":
+        changing |= {"--config": request.config, "--prediction-type": request.prediction_type}
+    given = next((option for option, value in changing.items() if value), None)
+    if request.sidecar and given:
+        message = f"--sidecar promises the original back, and {given} asks for another"
+        raise UsageError(message, remedy="leave one of the two out")
     if request.sidecar and request.into_folder != (request.layout == "diffusers"):
         raise UsageError("a sidecar lies beside a folder", remedy="name a folder, or leave out --sidecar")
     if request.shard_size is not None and not request.into_folder:
@@ -153,8 +166,17 @@ def _converted(request: _Request, checkpoint: Checkpoint) -> Checkpoint:
     beside = _sidecar_of_source(request.source)
     may_restore = request.layout == "ldm" and checkpoint.folder is not None
     if may_restore and request.sidecar:
-        return _pipe(request, checkpoint, beside)
-    if may_restore and beside.is_file() and not request.dtype and not request.ema:
+        result = _pipe(request, checkpoint, beside)
+        if not result.as_it_was:
+            message = next((note.message for note in result.notes if note.level == "warning"), "it is not the original")
+            remedy = "leave out --sidecar, to have what it keeps of the rest"
+            raise MismatchError(message, file=beside, remedy=remedy)
+        return result
+    options = ("dtype", "ema", "config", "prediction_type")
+    given = next((f"--{name}".replace("_", "-") for name in options if getattr(request, name)), None)
+    if may_restore and beside.is_file() and given:
+        click.echo(terminal.printable(f"warning: {beside} was not used: {given} asks for another file"), err=True)
+    elif may_restore and beside.is_file():
         try:
             return _pipe(request, checkpoint, beside)
         except InputError as error:
@@ -189,7 +211,21 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
     return replace(result, folder=None) if lone_file else result
 
 
-def _checked(request: _Request, result: Checkpoint, options: WriteOptions) -> tuple[Change, ...]:
+def _check_yaml(request: _Request, result: Checkpoint) -> None:
+    """What lies beside a single file under its name is taken for its config by every loader."""
+    beside = request.target.with_suffix(".yaml")
+    if request.into_folder or not beside.exists():
+        return
+    if request.config and request.config.exists() and beside.samefile(request.config):
+        raise OutputExistsError("it is one of the inputs", file=beside, remedy="choose another name for DST")
+    if ".yaml" not in result.companions:
+        message = f"warning: {beside} lies there already, and loaders will take it for the new file's config"
+        click.echo(terminal.printable(message), err=True)
+
+
+def _checked(
+    request: _Request, checkpoint: Checkpoint, result: Checkpoint, options: WriteOptions
+) -> tuple[Change, ...]:
     """What the output won't hold, if it may be written; reads no weight."""
     lost = losses(result, request.target)
     check_target(result, request.target, force=options.force, in_place=False)
@@ -197,7 +233,9 @@ def _checked(request: _Request, result: Checkpoint, options: WriteOptions) -> tu
     if request.into_folder:
         folder_writing.plan(result, request.target, **request.folder_options)  # for what it refuses
         if request.sidecar:
-            check_target(Checkpoint({}), sidecars.path_beside(request.target), force=options.force, in_place=False)
+            beside = sidecars.path_beside(request.target)
+            check_target(replace(checkpoint, folder=None), beside, force=options.force, in_place=False)
+    _check_yaml(request, result)
     return lost
 
 

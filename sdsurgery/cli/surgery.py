@@ -44,6 +44,10 @@ def command(
 
 def build(operation: type[Operation], values: dict[str, Any], options: WriteOptions) -> Operation:
     """The operation that parsed values name."""
+    if options.in_place and not operation.keeps_container:
+        raise UsageError(
+            f"{operation.name} makes a file of a folder, or a folder of a file", remedy="name an output: -o"
+        )
     if options.in_place and not operation.whole:
         raise UsageError(
             f"{operation.name} would replace the model by a part of it", remedy="write to another file with -o"

@@ -23,7 +23,7 @@ MAX_HEADER = 100_000_000
 
 METADATA_KEY = "__metadata__"
 _USIZE = 1 << 64
-_HIGHEST_RANK = 1000
+HIGHEST_RANK = 1000
 _MOST_SHOWN = 200
 _REDOWNLOAD = "download or copy it again; if it was made by a script, mend the script"
 
@@ -140,7 +140,7 @@ def _tensor(file: SourceFile, key: str, entry: Any, start: int) -> Tensor:
         sound = (
             dtype.storable
             and isinstance(extents, list)
-            and len(extents) <= _HIGHEST_RANK
+            and len(extents) <= HIGHEST_RANK
             and all(type(number) is int and number >= 0 for number in (*extents, begin, end))
         )
     except (KeyError, TypeError, ValueError):

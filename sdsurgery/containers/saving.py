@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,9 +112,9 @@ def save(
 
         index = torch_zip.index(checkpoint, metadata)
         expected = torch_zip.size(checkpoint, index)
-    _write_companions(checkpoint, target, replace=force or in_place)
     with (
         progress.task(f"writing {target.name}", expected) as advance,
+        _companions(checkpoint, target, replace=force or in_place),
         AtomicFile(target, replace=force or in_place, size=expected, advance=advance) as out,
     ):
         if container == safetensors.NAME:
@@ -128,12 +129,15 @@ def save(
     return Saved(target, container, target.stat().st_size, dropped)
 
 
-def _write_companions(checkpoint: Checkpoint, target: Path, *, replace: bool) -> None:
-    """The files beside it, first: they mean nothing without it, and it may be drawn wrongly without them."""
-    for suffix, data in checkpoint.companions.items():
-        place = target.with_suffix(suffix)
-        with AtomicFile(place, replace=replace, size=data.nbytes, advance=lambda _count: None) as out:
-            out.append(data)
+@contextlib.contextmanager
+def _companions(checkpoint: Checkpoint, target: Path, *, replace: bool) -> Iterator[None]:
+    """The files beside it, which appear when it has, and not at all if it doesn't."""
+    with contextlib.ExitStack() as stack:
+        for suffix, data in checkpoint.companions.items():
+            place = target.with_suffix(suffix)
+            file = AtomicFile(place, replace=replace, size=data.nbytes, advance=lambda _count: None)
+            stack.enter_context(file).append(data)
+        yield
 
 
 def target_container(checkpoint: Checkpoint, target: Path, *, in_place: bool) -> str:

@@ -20,6 +20,10 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 NETWORKS = (*TEXT_ENCODERS, "unet", "vae")
 """The components that weights are converted of; in a diffusers folder they are called the same."""
 
+_MOST_LAYERS = 64
+_MOST_BLOCKS = 16
+"""More than any model has: a config that claims more isn't walked."""
+
 MAX_DOCUMENT = 4 << 20
 """Bytes of the longest config that is read; real ones take a few thousand."""
 
@@ -122,9 +126,21 @@ def _require(document: Mapping[str, Any], plain: Mapping[str, tuple[Any, ...]]) 
             raise _UnknownFieldError(field, document[field])
 
 
-def _size(document: Mapping[str, Any], field: str, default: int) -> int:
+def component_of(document: Mapping[str, Any], *, open_clip: bool) -> str | None:
+    """The component whose config it is, by the class that it names."""
+    listed = document.get("architectures")
+    kind = document.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else None)
+    return {
+        "UNet2DConditionModel": "unet",
+        "AutoencoderKL": "vae",
+        "CLIPTextModel": "text_encoder",
+        "CLIPTextModelWithProjection": "text_encoder_2" if open_clip else "text_encoder",
+    }.get(str(kind))
+
+
+def _size(document: Mapping[str, Any], field: str, default: int, most: int = 1 << 24) -> int:
     value = document.get(field, default)
-    if type(value) is not int or not 0 < value < 1 << 24:
+    if type(value) is not int or not 0 < value <= most:
         raise ValueError(f"{field} is {value!r}")
     return value
 
@@ -136,14 +152,14 @@ def _sizes(document: Mapping[str, Any], field: str, default: tuple[int, ...]) ->
     return tuple(_size({field: item}, field, 0) for item in value)
 
 
-def _same(document: Mapping[str, Any], field: str, default: int, count: int) -> int:
+def _same(document: Mapping[str, Any], field: str, default: int, count: int, most: int = 1 << 24) -> int:
     """A size that may be given once or once a level; the levels must agree."""
     value = document.get(field, default)
     if isinstance(value, list | tuple):
         if len(value) != count or len(set(value)) != 1:
             raise _UnknownFieldError(field, value)
         value = value[0]
-    return _size({field: value}, field, default)
+    return _size({field: value}, field, default, most)
 
 
 def _unet(document: Mapping[str, Any]) -> UNetConfig:
@@ -162,6 +178,8 @@ def _unet(document: Mapping[str, Any]) -> UNetConfig:
     if any(isinstance(depth, list) for depth in depths):
         raise _UnknownFieldError("transformer_layers_per_block", depths)
     depths = _sizes({"transformer_layers_per_block": depths}, "transformer_layers_per_block", ())
+    if max(depths) > _MOST_LAYERS:
+        raise ValueError(f"transformer_layers_per_block is {max(depths)}")
     heads = document.get("attention_head_dim", 8)
     listed = heads if isinstance(heads, list | tuple) else [heads] * count
     if len(_sizes({"attention_head_dim": listed}, "attention_head_dim", ())) != count:
@@ -173,7 +191,7 @@ def _unet(document: Mapping[str, Any]) -> UNetConfig:
         middle=depths[-1],
         linear=bool(document.get("use_linear_projection", False)),
         vector=vector,
-        residual=_same(document, "layers_per_block", 2, count),
+        residual=_same(document, "layers_per_block", 2, count, _MOST_BLOCKS),
         channels=channels,
         inputs=_size(document, "in_channels", 4),
         outputs=_size(document, "out_channels", 4),
@@ -196,11 +214,14 @@ def _vae(document: Mapping[str, Any]) -> VaeConfig:
         for kind in document.get(field, [known] * len(channels)):
             _block({known: True}, field, kind)
     _size(document, "norm_num_groups", 32)
+    scale = document.get("scaling_factor", 0.18215)
+    if type(scale) not in {int, float} or not 0 < scale < 1 << 24:
+        raise ValueError(f"scaling_factor is {scale!r}")
     pixels = _size(document, "in_channels", 3)
     if _size(document, "out_channels", 3) != pixels:
         raise _UnknownFieldError("out_channels", document.get("out_channels"))
     return VaeConfig(
-        residual=_size(document, "layers_per_block", 1),
+        residual=_size(document, "layers_per_block", 1, _MOST_BLOCKS),
         channels=channels,
         pixels=pixels,
         latent=_size(document, "latent_channels", 4),
@@ -208,9 +229,9 @@ def _vae(document: Mapping[str, Any]) -> VaeConfig:
 
 
 def _text_encoder(document: Mapping[str, Any], *, second: bool, open_clip: bool) -> ClipConfig | OpenClipConfig:
-    layers = _size(document, "num_hidden_layers", 12)
+    layers = _size(document, "num_hidden_layers", 12, _MOST_LAYERS)
     _size(document, "num_attention_heads", 8)
-    projected = "CLIPTextModelWithProjection" in (document.get("architectures") or [])
+    projected = document.get("architectures") == ["CLIPTextModelWithProjection"]
     found = ClipConfig(
         layers=layers,
         projected=projected,

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field, replace
 from ..checkpoint import Change, Checkpoint, Note, Tensor
 from ..errors import MismatchError
 from .components import POSITION_IDS, Component
-from .identify import UNET_PREFIX, VAE_PREFIX, Model
+from .identify import UNET_PREFIX, VAE_PREFIX, Model, foreign_parts
 from .position_ids import diagnose, positions, right_ids
 from .translation import fits, to_diffusers, to_ldm
 from .walks import ClipConfig, Layout, Link, OpenClipConfig, links, walk
 
 _SOME = 5
+
+_LARGEST_TRANSPOSED = 256 << 20
+"""Bytes of the largest matrix that is transposed, which is done in memory; real ones take three million."""
 
 _TEXT_PREFIXES: Mapping[tuple[str, str], str] = {
     ("sd1", "text_encoder"): "cond_stage_model.transformer.",
@@ -62,7 +65,8 @@ def convertible(checkpoint: Checkpoint, model: Model) -> None:
     """
     networks = model.networks
     unknown = [name for name, found in networks.items() if not found.table]
-    if unknown or not networks or (len(networks) > 1 and model.family == "unknown"):
+    foreign = foreign_parts(checkpoint)
+    if foreign or unknown or not networks or (len(networks) > 1 and model.family == "unknown"):
         what = f"its {unknown[0]} is of no known kind" if unknown else "it is no model of a known family"
         message = f"{what}; " + "; ".join(model.evidence)
         remedy = "see what it holds: sdsurgery inspect; it was left as it is"
@@ -80,6 +84,10 @@ def _check_whole(checkpoint: Checkpoint, name: str, component: Component) -> Non
             key=component.missing[0],
             remedy="take them from a sound model: sdsurgery replace",
         )
+    for key, link in _by_name(component).items():
+        if link.how == "transpose" and checkpoint[key].nbytes > _LARGEST_TRANSPOSED:
+            message = f"{key} is {checkpoint[key]}, larger than any text encoder's"
+            raise MismatchError(message, file=checkpoint.path, key=key, remedy="take it from a sound model")
     wrong = misfits(checkpoint, component)
     if wrong:
         listed = (f"{key} {list(checkpoint[key].shape)} instead of {list(shape)}" for key, shape in wrong.items())
@@ -103,7 +111,12 @@ def misfits(checkpoint: Checkpoint, component: Component) -> dict[str, tuple[int
     """Keys whose shape is wrong, with the right one; a 1 x 1 convolution passes for a linear layer."""
     by_name = _by_name(component)
     wrong = component.misshapen(checkpoint.tensors)
-    return {key: shape for key, shape in wrong.items() if not fits(by_name[key], checkpoint[key], shape)}
+    # The shape of what diffusers leaves out matters to nobody.
+    return {
+        key: shape
+        for key, shape in wrong.items()
+        if by_name[key].diffusers and not fits(by_name[key], checkpoint[key], shape)
+    }
 
 
 def _by_name(component: Component) -> dict[str, Link]:

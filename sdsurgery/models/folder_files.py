@@ -66,6 +66,8 @@ def prediction(checkpoint: Checkpoint, model: Model, stated: Stated) -> Predicti
         zero_snr = zero_snr or bool(stated.scheduler.get("rescale_betas_zero_snr"))
     if stated.prediction_type:
         return Prediction(stated.prediction_type, zero_snr, stated.why)
+    if {"edm_vpred.sigma_max", "edm_vpred.sigma_min"} & markers:
+        return Prediction("v_prediction", zero_snr, "the file has the markers edm_vpred")
     if "v_pred" in markers:
         return Prediction("v_prediction", zero_snr, "the file has the marker v_pred")
     unet = model.components.get("unet")
@@ -140,6 +142,9 @@ class FolderFiles:
         shaped = described(config)
         if document | shaped != document:
             document |= self._assumed(name, document, config, stated)
+        if isinstance(config, VaeConfig) and self._marker("edm_mean") and self._marker("edm_std"):
+            document["scaling_factor"] = stock("sdxl")["edm"]["latents_scaling_factor"]
+            document |= {"latents_mean": self._marker("edm_mean"), "latents_std": self._marker("edm_std")}
         if isinstance(config, ClipConfig) and config.projected:
             document["architectures"] = ["CLIPTextModelWithProjection"]
         if name == "unet" and self._stated.head_channels and "attention_head_dim" not in stated:
@@ -197,6 +202,9 @@ class FolderFiles:
         overrides = stock(family)["overrides"]
         if found.type == "v_prediction" and "v_prediction" in overrides:
             document |= overrides["v_prediction"]["scheduler"]
+        edm = self._edm_scheduler()
+        if edm:
+            return dict(sorted(edm.items()))
         text_encoder = self.model.components.get("text_encoder")
         if family == "sd2" and text_encoder and "conditioner." in text_encoder.prefix:
             document |= overrides["turbo"]["scheduler"]
@@ -204,6 +212,21 @@ class FolderFiles:
         if found.zero_snr:
             document |= stock("sdxl")["overrides"]["zero_snr"]["scheduler"]
         return dict(sorted((document | {"prediction_type": found.type}).items()))
+
+    def _edm_scheduler(self) -> dict[str, Any] | None:
+        """The scheduler of CosXL or Playground v2.5, whose markers tell of them; both came after diffusers 0.21."""
+        sigmas = {name: self._marker(f"edm_vpred.{name}") for name in ("sigma_max", "sigma_min")}
+        if self._marker("edm_mean"):
+            return dict(stock("sdxl")["edm"]["latents"])
+        if not any(sigmas.values()):
+            return None
+        return dict(stock("sdxl")["edm"]["vpred"]) | {name: found[0] for name, found in sigmas.items() if found}
+
+    def _marker(self, name: str) -> list[float]:
+        """The values of a marker tensor, if it is there and they are sound."""
+        tensor = self._checkpoint.get(self.model.wrapper + name)
+        found = values(tensor) if tensor and tensor.numel <= _MOST_IN_MARKER else []
+        return found if all(map(math.isfinite, found)) else []
 
     def sides(self) -> dict[str, dict[str, Any]]:
         """What is assumed of tokenizers and index where nobody states it: see :data:`stated.SILENT_FIELDS`."""
@@ -264,6 +287,7 @@ class FolderFiles:
 
 
 _VOCABULARY = 49408
+_MOST_IN_MARKER = 64
 
 
 def _heads(width: int, fewest: int) -> int:

@@ -15,8 +15,8 @@ from ..checkpoint import Checkpoint
 from ..errors import UnsupportedError
 from . import recognition
 from .components import Component, ema_component, schedule_component
-from .configs import NETWORKS, TEXT_ENCODERS, documents, structure
-from .recognition import ENOUGH, UNETS, Place
+from .configs import NETWORKS, TEXT_ENCODERS, component_of, documents, structure
+from .recognition import ENOUGH, STOCK_CLIP, UNETS, Place
 from .walks import ClipConfig, Config, Layout, OpenClipConfig, UNetConfig
 
 UNET_PREFIX = "model.diffusion_model."
@@ -36,6 +36,9 @@ _TEXT_ENCODERS: Mapping[str, tuple[type[Config], ...]] = {
     "sdxl": (ClipConfig, OpenClipConfig),
     "sdxl-refiner": (OpenClipConfig,),
 }
+
+_IN_FOLDERS = frozenset({*NETWORKS, "safety_checker", "image_encoder", "depth_estimator"})
+"""What a folder of these families may hold weights of."""
 
 _LONE_CLIP_PATHS = frozenset({"", "text_model.", "transformer.", "transformer.text_model."})
 """What may stand before CLIP's own names in a file of its own; elsewhere it is a part of some other model."""
@@ -116,12 +119,26 @@ def _found(
     checkpoint: Checkpoint, wrapper: str, told: Mapping[str, Config], evidence: list[str]
 ) -> tuple[str, dict[str, Component]]:
     """The layout and the networks: of a folder, of a single file under its prefixes, or of a lone component."""
-    if any(key.startswith(tuple(name + "/" for name in NETWORKS)) for key in checkpoint):
+    if _is_folder(checkpoint):
         return "diffusers", _in_folder(checkpoint, told, evidence)
     components = _prefixed(checkpoint, wrapper, told, evidence)
     if components:
         return "ldm", components
     return _lone(checkpoint, wrapper, told, evidence)
+
+
+def _is_folder(checkpoint: Checkpoint) -> bool:
+    """Whether its keys are those of a diffusers folder, and not a stray one among others."""
+    prefixes = tuple(name + "/" for name in NETWORKS)
+    count = sum(key.startswith(prefixes) for key in checkpoint)
+    return count > 0 and (checkpoint.folder is not None or 2 * count > len(checkpoint))
+
+
+def foreign_parts(checkpoint: Checkpoint) -> list[str]:
+    """What a diffusers folder has weights of that no family here has, such as a ``transformer``."""
+    if not _is_folder(checkpoint):
+        return []
+    return sorted({key.partition("/")[0] for key in checkpoint if "/" in key} - _IN_FOLDERS)
 
 
 def _common_wrapper(keys: Iterable[str]) -> str:
@@ -287,16 +304,11 @@ def _lone_in_folder(
     place: Place, stated: Mapping[str, Any], told: Mapping[str, Config], evidence: list[str]
 ) -> dict[str, Component]:
     """The one component of a folder without others, which its config names."""
-    kind = str(stated.get("_class_name") or next(iter(stated.get("architectures") or ()), ""))
-    gelu = stated.get("hidden_act") == "gelu"
-    name = {
-        "UNet2DConditionModel": "unet",
-        "AutoencoderKL": "vae",
-        "CLIPTextModel": "text_encoder",
-        "CLIPTextModelWithProjection": "text_encoder_2" if gelu else "text_encoder",
-    }.get(kind)
+    # CLIP-L has twelve layers, whatever activation somebody states for it; OpenCLIP's have more.
+    gelu = stated.get("hidden_act") == "gelu" and stated.get("num_hidden_layers", 12) != STOCK_CLIP.layers
+    name = component_of(stated, open_clip=gelu)
     if name is None:
-        evidence.append(f"its config tells of {kind or 'a thing without a name'}, which is no part of Stable Diffusion")
+        evidence.append("its config tells of nothing that is a part of Stable Diffusion")
         return {}
     file = _named(place.checkpoint, "config.json")
     try:
@@ -332,6 +344,10 @@ def _stock_family(unet: Component | None) -> str | None:
 def _family(checkpoint: Checkpoint, components: Mapping[str, Component], evidence: list[str]) -> str:
     unet = components.get("unet")
     text = {name: components[name].config for name in TEXT_ENCODERS if name in components}
+    foreign = foreign_parts(checkpoint)
+    if foreign:
+        evidence.append(f"no family: the folder has a {foreign[0]}, which no family here has")
+        return "unknown"
     if unet is None:
         return _family_without_unet(components, text)
     family = _stock_family(unet)

@@ -38,6 +38,9 @@ _STRANGERS = 0.1
 """The share of a UNet's own keys beyond which a family that doesn't know them isn't its family."""
 
 _MOST_LAYERS = 64
+_MOST_LEVELS = 16
+_MOST_BLOCKS = 16
+"""More than any model has: what claims more is no model, and isn't walked."""
 
 _CLIP_NAME = re.compile(r"(?P<path>(?:.*?\.)?)(?P<name>(?:embeddings|encoder\.layers|final_layer_norm)\..+)", re.DOTALL)
 
@@ -188,6 +191,8 @@ def _regular_unet(place: Place, *, linear: bool, vector: bool) -> UNetConfig | N
     middle = depths.get("middle_block.1." if place.layout == "ldm" else "mid_block.attentions.0.", 0)
     if not paths or any(len(level) != len(paths[0]) or len(set(level)) != 1 for level in paths):
         return None
+    if len(paths) > _MOST_LEVELS or len(paths[0]) > _MOST_BLOCKS or max(*depths.values(), middle) > _MOST_LAYERS:
+        return None
     config = UNetConfig(
         depths=tuple(level[0] for level in paths), middle=middle, linear=linear, vector=vector, residual=len(paths[0])
     )
@@ -247,7 +252,7 @@ def vae(place: Place) -> Component:
         levels = _count(names, stem + ".{}." + block + ".0.norm1.weight")
         residual = _count(names, f"{stem}.0.{block}." + "{}.norm1.weight")
         regular = VaeConfig(residual=residual, channels=(0,) * levels)
-        if levels and residual and place.explains(regular, names):
+        if 0 < levels <= _MOST_LEVELS and 0 < residual <= _MOST_BLOCKS and place.explains(regular, names):
             stock = regular
     return place.component("vae", stock, names)
 
@@ -289,8 +294,8 @@ def open_clip(place: Place, *, penultimate: bool | None) -> Component:
     layers = _layers(place.names, r"transformer\.resblocks\.(\d{1,4})\.")
     stock = STOCK_OPEN_CLIP_G if layers > STOCK_OPEN_CLIP_H.layers else STOCK_OPEN_CLIP_H
     # The last layer and the projection are left out together.
-    left_out = bool(penultimate) and "text_projection" not in place.names
-    odd = OpenClipConfig(layers=layers + left_out, penultimate=bool(penultimate))
+    left_out = penultimate is not False and "text_projection" not in place.names
+    odd = OpenClipConfig(layers=layers + left_out, penultimate=bool(penultimate) or left_out)
     config = odd if layers < stock.layers and _is_narrow(place, odd, stock) and place.explains(odd) else stock
     return place.component("text_encoder" if config.penultimate else "text_encoder_2", config)
 

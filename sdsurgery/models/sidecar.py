@@ -2,13 +2,13 @@
 
 It is a safetensors file of the tensors that converting back doesn't give (EMA, schedule buffers, position ids,
 OpenCLIP's last layer, markers, whatever isn't known), and of a record in its metadata: every tensor of the original in
-its order, the header byte for byte, and a BLAKE3 of the tensors' bytes that tells whether the folder is still the same.
+its order, the header byte for byte, and a BLAKE3 of each component's bytes, which tell what is still the same.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from ..checkpoint import Checkpoint, Tensor
 from ..containers import safetensors
 from ..dtypes import BY_NAME
 from ..errors import CorruptError, MismatchError
-from ..sources import FileSlice
+from .identify import identify
 
 RECORD_KEY = "sdsurgery.sidecar"
 SCHEMA_VERSION = 1
 SUFFIX = ".sidecar.safetensors"
+
+_KEPT = ""
+"""The part of what the sidecar itself holds."""
 
 _REMEDY = "name the folder that the sidecar was written beside, or convert without it"
 
@@ -36,19 +39,32 @@ def path_beside(folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The original again.
+    """The original again, or as much of it as still belongs to the folder.
 
     Attributes:
         tensors: In the original's order.
         metadata: The original's.
         header: The original's, byte for byte, where it was a safetensors file and nothing changed since.
-        exact: Whether nothing changed since.
+        changed: The components that are no longer those of the original; none where it is the original again.
+        left_out: What the sidecar kept of them, which would be another model's.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     header: bytes | None
-    exact: bool
+    changed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def parts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Which component each key stands or falls with: EMA weights and what is no network's go with the UNet."""
+    model = identify(checkpoint)
+    main = "unet" if "unet" in model.networks or len(model.networks) != 1 else next(iter(model.networks))
+    return {
+        key: name if name in model.networks else main
+        for name, component in model.components.items()
+        for key in component.all_keys()
+    }
 
 
 def make(original: Checkpoint, back: Mapping[str, Tensor]) -> Checkpoint:
@@ -59,19 +75,23 @@ def make(original: Checkpoint, back: Mapping[str, Tensor]) -> Checkpoint:
         back: What converting back gives by itself, of the original's own data.
     """
     by_data: dict[Any, str] = {(tensor.dtype.name, tensor.data): key for key, tensor in back.items() if tensor.nbytes}
+    part_of = parts(original)
     kept: dict[str, Tensor] = {}
+    by_part: dict[str, list[Tensor]] = {}
     entries = []
     for key, tensor in original.items():
         source = by_data.get((tensor.dtype.name, tensor.data))
         if source is None:
             kept[key] = tensor
-        entries.append([key, tensor.dtype.name, list(tensor.shape), source])
+        by_part.setdefault(_KEPT if source is None else part_of[key], []).append(tensor)
+        entries.append([key, tensor.dtype.name, list(tensor.shape), source, part_of[key]])
+    header = _header_text(original)
     record = {
         "schema_version": SCHEMA_VERSION,
         "tensors": entries,
-        "metadata": dict(original.metadata),
-        "header": _header_text(original),
-        "blake3": _digest(_in_place_order(original)),
+        "metadata": dict(original.metadata) if header is None else None,
+        "header": header,
+        "blake3": {part: _digest(tensors) for part, tensors in by_part.items()},
     }
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
     return Checkpoint(kept, {"format": "pt", RECORD_KEY: text})
@@ -89,25 +109,52 @@ def restore(back: Mapping[str, Tensor], sidecar: Checkpoint) -> Restored:
         MismatchError: If it isn't that of the folder.
     """
     record = _record(sidecar)
-    tensors: dict[str, Tensor] = {}
-    for key, dtype, shape, source in record["tensors"]:
-        found = sidecar.get(key) if source is None else back.get(source)
-        if found is None and source is None:
+    found: dict[str, Tensor] = {}
+    by_part: dict[str, list[Tensor]] = {}
+    changed = set()
+    for key, dtype, shape, source, part in record["tensors"]:
+        tensor = sidecar.get(key) if source is None else back.get(source)
+        if tensor is None and source is None:
             raise _corrupt(sidecar, f"it lacks {key}, which its record names")
-        wanted = _nbytes(dtype, shape)
-        if found is None or (found.dtype.name, found.nbytes) != (dtype, wanted):
-            what = "isn't in the folder" if found is None else f"is {found} in the folder"
-            message = f"it isn't this folder's: {source or key}, {dtype}{shape} once, {what}"
-            raise MismatchError(message, file=sidecar.path, key=source or key, remedy=_REMEDY)
-        tensors[key] = Tensor(found.dtype, tuple(shape), found.data)
+        if tensor is None or (tensor.dtype.name, tensor.nbytes) != (dtype, _nbytes(dtype, shape)):
+            changed.add(_KEPT if source is None else part)
+            continue
+        found[key] = Tensor(tensor.dtype, tuple(shape), tensor.data)
+        by_part.setdefault(_KEPT if source is None else part, []).append(tensor)
+    digests: dict[str, str] = record["blake3"]
+    changed |= {part for part in digests if part not in changed and _digest(by_part.get(part, [])) != digests[part]}
+    if _KEPT in changed:
+        raise _corrupt(sidecar, "what it keeps isn't what was written into it")
+    if changed and changed >= digests.keys() - {_KEPT}:
+        message = "it isn't this folder's: no component is the one that it was written for"
+        raise MismatchError(message, file=sidecar.path, key=min(changed), remedy=_REMEDY)
+    if changed:
+        return _as_much(record, found, back, frozenset(changed))
     header: bytes | None = None
-    ordered = tensors
     if record["header"] is not None:
         text = record["header"].encode()
         header = len(text).to_bytes(8, "little") + text
-        ordered = _in_header_order(tensors, header, sidecar)
-    exact = _digest(ordered) == record["blake3"]
-    return Restored(tensors, record["metadata"], header if exact else None, exact)
+        _check_header(found, header, sidecar)
+    return Restored(found, _metadata(record), header)
+
+
+def _as_much(
+    record: Mapping[str, Any], found: Mapping[str, Tensor], back: Mapping[str, Tensor], changed: frozenset[str]
+) -> Restored:
+    """The folder's own weights where they changed, the original's everywhere else."""
+    mine = parts(Checkpoint(back))
+    tensors = {key: found[key] for key, *_, part in record["tensors"] if part not in changed}
+    tensors |= {key: tensor for key, tensor in back.items() if mine[key] in changed}
+    gone = (key for key, _, _, source, part in record["tensors"] if source is None and part in changed)
+    left_out = tuple(key for key in gone if key not in tensors)
+    return Restored(tensors, _metadata(record), None, tuple(sorted(changed)), left_out)
+
+
+def _metadata(record: Mapping[str, Any]) -> dict[str, str]:
+    """The original's metadata, which its header holds where there is one."""
+    if record["header"] is None:
+        return dict(record["metadata"])
+    return dict(safetensors.parsed(record["header"].encode()).get(safetensors.METADATA_KEY) or {})
 
 
 def _header_text(original: Checkpoint) -> str | None:
@@ -117,33 +164,20 @@ def _header_text(original: Checkpoint) -> str | None:
     return origin.file.read(8, origin.data_offset - 8).decode()
 
 
-def _in_place_order(original: Checkpoint) -> dict[str, Tensor]:
-    """The tensors as their bytes follow each other in a safetensors file; elsewhere in their own order."""
-    if original.origin is None or original.origin.data_offset is None:
-        return dict(original)
-
-    def place(item: tuple[str, Tensor]) -> tuple[int, int]:
-        data = item[1].data
-        assert isinstance(data, FileSlice)  # noqa: S101 - a safetensors file has nothing else
-        return data.offset, data.nbytes
-
-    return dict(sorted(original.items(), key=place))
-
-
-def _in_header_order(tensors: Mapping[str, Tensor], header: bytes, sidecar: Checkpoint) -> dict[str, Tensor]:
+def _check_header(tensors: Mapping[str, Tensor], header: bytes, sidecar: Checkpoint) -> None:
     try:
-        return dict(safetensors.in_header_order(header, tensors))
+        safetensors.in_header_order(header, tensors)
     except MismatchError as error:
         raise _corrupt(sidecar, f"the header that it keeps is none of its tensors': {error.message}") from error
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _digest(tensors: Iterable[Tensor]) -> str:
     from blake3 import blake3
 
+    listed = list(tensors)
     digest = blake3(max_threads=blake3.AUTO)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with progress.task("comparing with the sidecar's record", total) as advance:
-        for tensor in tensors.values():
+    with progress.task("comparing with the original", sum(tensor.nbytes for tensor in listed)) as advance:
+        for tensor in listed:
             for chunk in tensor.chunks():
                 digest.update(chunk)
                 advance(len(chunk))
@@ -155,28 +189,30 @@ def _record(sidecar: Checkpoint) -> dict[str, Any]:
         raise _corrupt(sidecar, "it is no sidecar: it has no record of a conversion")
     try:
         record = json.loads(sidecar.metadata[RECORD_KEY])
-        header, metadata, tensors = record["header"], record["metadata"], record["tensors"]
-        sound = (
-            record["schema_version"] == SCHEMA_VERSION
-            and (header is None or isinstance(header, str))
-            and all(isinstance(text, str) for item in metadata.items() for text in item)
-            and isinstance(record["blake3"], str)
-            and all(_is_entry(*entry) for entry in tensors)
-        )
-        keys = {entry[0] for entry in tensors}
+        sound = record["schema_version"] == SCHEMA_VERSION and all(_is_entry(*entry) for entry in record["tensors"])
+        texts = [part for pair in record["blake3"].items() for part in pair]
+        if record["header"] is None:
+            texts += [part for pair in record["metadata"].items() for part in pair]
+        else:
+            texts.append(record["header"])
+            _metadata(record)
+        keys = {entry[0] for entry in record["tensors"]}
         # What isn't text to the letter can't be written.
-        "".join([header or "", *metadata, *metadata.values(), *keys]).encode()
+        "".join([*texts, *keys]).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _corrupt(sidecar, "its record can't be read") from error
-    if not sound or len(keys) < len(tensors):
+    if not sound or len(keys) < len(record["tensors"]):
+        raise _corrupt(sidecar, "its record isn't one that this version wrote")
+    if {entry[4] for entry in record["tensors"] if entry[3] is not None} - record["blake3"].keys():
         raise _corrupt(sidecar, "its record isn't one that this version wrote")
     return dict(record)
 
 
-def _is_entry(key: Any, dtype: Any, shape: Any, source: Any) -> bool:
-    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
-    names = isinstance(key, str) and (source is None or isinstance(source, str))
-    return names and sizes and dtype in BY_NAME and _nbytes(dtype, shape) >= 0
+def _is_entry(key: Any, dtype: Any, shape: Any, source: Any, part: Any) -> bool:
+    names = isinstance(key, str) and isinstance(part, str) and (source is None or isinstance(source, str))
+    if not (names and dtype in BY_NAME and isinstance(shape, list) and len(shape) <= safetensors.HIGHEST_RANK):
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 63 for size in shape) and _nbytes(dtype, shape) >= 0
 
 
 def _nbytes(dtype: str, shape: list[int]) -> int:

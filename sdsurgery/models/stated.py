@@ -14,12 +14,21 @@ from typing import Any
 
 from .. import history
 from ..checkpoint import Checkpoint
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, MismatchError, UnsupportedError
 from ..sources import SourceFile
 from . import yaml_config
-from .configs import CONFIG_NAME, MAX_DOCUMENT, NETWORKS, SCHEDULER_CONFIG_NAME, documents, read_document, structure
-from .identify import Model
-from .walks import Config, OpenClipConfig
+from .configs import (
+    CONFIG_NAME,
+    MAX_DOCUMENT,
+    NETWORKS,
+    SCHEDULER_CONFIG_NAME,
+    component_of,
+    documents,
+    read_document,
+    structure,
+)
+from .identify import Model, identify
+from .walks import Config, OpenClipConfig, UNetConfig
 
 CONFIGS = "configs"
 SCHEDULER = "scheduler"
@@ -124,12 +133,23 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
     beside = _beside(checkpoint)
     if beside is not None:
         try:
-            found = _read(beside, model).over(found)
+            found = _read_fitting(beside, checkpoint, model).over(found)
         except InputError as error:  # nobody named it: it may be anything
             found = replace(found, ignored=(f"{beside.name} beside it was not used: {error.message}",))
     if config is not None:
-        found = _read(Path(config), model).over(found)
+        found = _read_fitting(Path(config), checkpoint, model).over(found)
     return found
+
+
+def _read_fitting(path: Path, checkpoint: Checkpoint, model: Model) -> Stated:
+    """What a config states, unless it is one of another model than the weights are of."""
+    told = _read(path, model)
+    for name, found in identify(checkpoint, told.structures(model)).networks.items():
+        wrong = [*found.missing, *found.misshapen(checkpoint.tensors)] if name in told.whole else []
+        if wrong:
+            message = f"it tells of another {name} than these weights are of: {wrong[0]} doesn't fit"
+            raise MismatchError(message, file=path, key=wrong[0], remedy="name the model's own config")
+    return told
 
 
 def _beside(checkpoint: Checkpoint) -> Path | None:
@@ -149,16 +169,14 @@ def _read(path: Path, model: Model) -> Stated:
     if path.is_dir():
         return _of_folder(path, source)
     if path.suffix.lower() in {".yaml", ".yml"}:
-        return _of_yaml(yaml_config.read(_content(path).decode("utf-8", "replace"), str(path)), source)
+        return _of_yaml(yaml_config.read(_content(path).decode("utf-8", "replace"), str(path)), path, model)
     document = read_document(_content(path), str(path))
     networks = list(model.networks)
-    if len(networks) != 1:
-        raise UnsupportedError(
-            f"it is the config of one component, and the model has {len(networks)}",
-            file=path,
-            remedy="name a folder that has the configs of all, or a .yaml",
-        )
-    return Stated({networks[0]: document}, frozenset(networks), why=source)
+    name = networks[0] if len(networks) == 1 else component_of(document, open_clip="text_encoder" not in networks)
+    if name not in networks:
+        message = f"it is no config of a component that the model has: {', '.join(networks)}"
+        raise UnsupportedError(message, file=path, remedy="name a folder that has the configs of all, or a .yaml")
+    return Stated({name: document}, frozenset({name}), why=source)
 
 
 def _of_folder(folder: Path, source: str) -> Stated:
@@ -207,13 +225,25 @@ def _sound(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if isinstance(value, kind)}
 
 
-def _of_yaml(facts: yaml_config.YamlFacts, source: str) -> Stated:
+def _of_yaml(facts: yaml_config.YamlFacts, path: Path, model: Model) -> Stated:
+    unet = model.components.get("unet")
+    inputs = unet.config.inputs if unet and isinstance(unet.config, UNetConfig) else None
+    if model.base_family not in {facts.family or model.base_family, "unknown"}:
+        raise MismatchError(f"it is for {facts.family}, and the model is {model.family}", file=path)
+    if inputs and facts.in_channels not in {None, inputs}:
+        message = f"it is for {facts.in_channels} input channels, and the model has {inputs}"
+        raise MismatchError(message, file=path, remedy="name the model's own")
     configs: dict[str, dict[str, Any]] = {}
     if facts.num_heads:
         configs["unet"] = {"attention_head_dim": facts.num_heads}
     if facts.scale_factor:
         configs["vae"] = {"scaling_factor": facts.scale_factor}
-    return Stated(configs, prediction_type=facts.prediction_type, head_channels=facts.num_head_channels, why=source)
+    return Stated(
+        configs,
+        prediction_type=facts.prediction_type,
+        head_channels=facts.num_head_channels,
+        why=f"{path.name} says so",
+    )
 
 
 def _content(path: Path) -> bytes:

@@ -53,6 +53,8 @@ class Operation(ABC):
     name: ClassVar[str]
     whole: ClassVar[bool] = True
     """Whether the result is still the model, and may take its place."""
+    keeps_container: ClassVar[bool] = True
+    """Whether the result is a single file or a folder as the input is, and may take its place."""
     label: str = "fixed"
     """What stands in the name of an output that the user didn't name: ``NAME.fixed.safetensors``."""
 

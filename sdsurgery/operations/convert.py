@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -39,6 +41,7 @@ class Convert(Operation):
     """
 
     name: ClassVar[str] = "convert"
+    keeps_container: ClassVar[bool] = False
     label = "converted"
 
     to: Annotated[LayoutName, Param("The layout to convert to.", positional=True)]
@@ -82,6 +85,8 @@ class Convert(Operation):
     def _to_diffusers(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
         converted = from_ldm(checkpoint, model) if model.layout == "ldm" else renamed_to_current(checkpoint, model)
         folder, notes = checkpoint.folder, []
+        if folder is not None and (self.config or self.prediction_type):
+            raise UsageError("a folder states all of that itself", remedy="mend its configs, and leave the option out")
         if folder is None:
             files = FolderFiles(checkpoint, model, stated)
             folder = Folder({name: InMemory(content) for name, content in files.files().items()})
@@ -92,8 +97,9 @@ class Convert(Operation):
 
     def _to_ldm(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
         if model.layout == "ldm":
-            if self.sidecar is not None:
-                raise UsageError("it is in ldm's layout already, and no sidecar restores it", remedy="leave it out")
+            if self.sidecar or self.config or self.prediction_type:
+                message = "it is in ldm's layout already: there is nothing to restore, and nothing to state"
+                raise UsageError(message, remedy="leave the option out")
             step = Step(self.name, self.parameters(), tuple(changes), (Note("it is in ldm's layout already"),))
             return checkpoint.evolve(checkpoint.tensors, step)
         stated = stated.over(of_folder_files(checkpoint))
@@ -104,11 +110,14 @@ class Convert(Operation):
         family = files.model.base_family
         prediction = FolderFiles(single, files.model, stated).prediction
         if family == "sdxl":
-            _mark(converted, prediction)
+            _mark(converted, prediction, stated.scheduler or {})
         companions = _yaml(files, stated, prediction)
         if self.sidecar is not None:
             return self._restored(checkpoint, converted, opened(self.sidecar), companions)
         notes = [Note(f"{name} is kept in the metadata: no shape tells it") for name in facts]
+        gone, warnings = _files_that_go(checkpoint, files)
+        converted.changes.extend(gone)
+        notes.extend(warnings)
         notes += [_companion_note(suffix) for suffix in companions]
         return self._result(checkpoint, converted, changes, notes, facts, folder=None, companions=companions)
 
@@ -121,18 +130,23 @@ class Convert(Operation):
     ) -> Checkpoint:
         found = sidecars.restore(converted.tensors, sidecar)
         kept = [change for change in converted.changes if change.kind == "renamed" and change.key in found.tensors]
-        added = [Change(key, "added", None, f"{sidecar[key]}, from the sidecar") for key in sidecar]
-        if found.exact:
-            note = Note("with the sidecar it is the original again, bit for bit")
+        added = [
+            Change(key, "added", None, f"{tensor}, from the sidecar")
+            for key, tensor in sidecar.items()
+            if key not in found.left_out and found.tensors.get(key, tensor).data == tensor.data
+        ]
+        notes = [*converted.notes[:1], *map(_companion_note, companions)]
+        if not found.changed:
+            notes.append(Note("with the sidecar it is the original again, bit for bit"))
         else:
-            message = "the weights are no longer those that the sidecar was written for: the original isn't restored"
-            note = Note(message, "warning")
-        notes = (*converted.notes[:1], note, *map(_companion_note, companions))
-        step = Step(self.name, self.parameters(), (*kept, *added), notes, input_record(sidecar))
+            message = f"not the original: its {', '.join(found.changed)} changed since the sidecar was written"
+            gone = f"; of that, {len(found.left_out)} tensors in the sidecar are left out" if found.left_out else ""
+            notes.append(Note(message + gone, "warning"))
+        step = Step(self.name, self.parameters(), (*kept, *added), tuple(notes), input_record(sidecar))
         result = without_aside(checkpoint).evolve(
             found.tensors, step, folder=None, metadata=found.metadata, companions=companions
         )
-        return replace(result, header=found.header, as_it_was=found.exact)
+        return replace(result, header=found.header, as_it_was=not found.changed)
 
     def _result(
         self,
@@ -152,6 +166,33 @@ class Convert(Operation):
             facts=facts or {},
         )
         return without_aside(checkpoint).evolve(converted.tensors, step, **fields)
+
+
+def _files_that_go(checkpoint: Checkpoint, files: FolderFiles) -> tuple[list[Change], list[Note]]:
+    """The files of a folder that converting back wouldn't make, and a warning where it would make other ones."""
+    made = files.files() if files.model.networks else {}
+    there = checkpoint.folder.files if checkpoint.folder else {}
+    gone = [Change(name, "dropped", "a file of the folder") for name in there if name not in made]
+    other = [
+        name
+        for name, data in there.items()
+        if name.endswith((_VOCABULARY, _MERGES))
+        and name in made
+        and _tokens(b"".join(data.chunks())) != _tokens(made[name])
+    ]
+    message = "isn't CLIP's: a single file holds no tokenizer, and loaders will take CLIP's"
+    return gone, [Note(f"{name} {message}", "warning", name) for name in other]
+
+
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+
+
+def _tokens(content: bytes) -> Any:
+    """What a file of a tokenizer says, however it is laid out."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return [line for line in content.decode("utf-8", "replace").splitlines() if line and line[:9] != "#version:"]
 
 
 def _companion_note(suffix: str) -> Note:
@@ -175,8 +216,12 @@ def _unheld(checkpoint: Checkpoint, files: FolderFiles, stated: Stated) -> dict[
     configs: dict[str, Any] = {}
     stand_there = documents(checkpoint)
     for name, component in files.model.networks.items():
-        said = stand_there.get(name, stand_there.get("", {}))
-        configs[name] = _unlike(silent_fields(name), said, files.config(component))
+        said = {**stand_there.get(name, stand_there.get("", {})), **stated.configs.get(name, {})}
+        defaults = silent_fields(name)
+        if not (name in stated.whole or name in stand_there or "" in stand_there):
+            # Without a config, its class's defaults are nobody's word.
+            defaults = {field: default for field, default in defaults.items() if field in said}
+        configs[name] = _unlike(defaults, said, files.config(component))
     if len(files.model.networks) > 1:
         for name, assumed in files.sides().items():
             configs[name] = _unlike(assumed, stated.configs.get(name, {}), assumed)
@@ -194,11 +239,17 @@ def _unlike(defaults: Mapping[str, Any], said: Mapping[str, Any], assumed: Mappi
     return {field: value for field, value in fields.items() if value != assumed.get(field, defaults[field])}
 
 
-def _mark(converted: Converted, prediction: Prediction) -> None:
+def _mark(converted: Converted, prediction: Prediction, scheduler: Mapping[str, Any]) -> None:
     """The markers by which loaders of SDXL's single files know what the UNet predicts."""
-    marks = {"v_pred": prediction.type == "v_prediction", "ztsnr": prediction.zero_snr}
-    for key in (key for key, holds in marks.items() if holds):
-        tensor = Tensor(F32, (0,), InMemory(b""))
+    predicts_v = prediction.type == "v_prediction"
+    marks: dict[str, tuple[float, ...]] = {}
+    if predicts_v and str(scheduler.get("_class_name")).startswith("EDM"):
+        sigmas = {name: scheduler.get(name) for name in ("sigma_max", "sigma_min")}
+        marks = {f"edm_vpred.{name}": (sigma,) for name, sigma in sigmas.items() if isinstance(sigma, float)}
+    elif predicts_v:
+        marks = {"v_pred": (), **({"ztsnr": ()} if prediction.zero_snr else {})}
+    for key, numbers in marks.items():
+        tensor = Tensor(F32, (len(numbers),), InMemory(struct.pack(f"<{len(numbers)}f", *numbers)))
         converted.tensors[key] = tensor
         converted.changes.append(Change(key, "added", None, str(tensor)))
 

@@ -86,5 +86,5 @@ def _no_ema(checkpoint: Checkpoint, message: str, key: str | None = None) -> Mis
         message,
         file=checkpoint.path,
         key=key,
-        remedy="prune without --ema: the file's own UNet weights are kept",
+        remedy="leave out --ema: the file's own UNet weights are kept",
     )
