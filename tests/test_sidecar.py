@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +19,14 @@ from conftest import FIXTURES, cli, metadata, raw_pickle
 from conftest import raw as raw_file
 from container_support import Raw, State, library_bytes
 from convert_support import (
+    CLIP,
     FAMILIES,
     FLOATS,
     METADATA,
     ODDITIES,
+    UNET,
     VAE,
+    int64s,
     made_odd,
     put_strange,
     raw,
@@ -33,7 +37,7 @@ from convert_support import (
 from folder_support import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import NARROW
+from synthetic import IDS, NARROW
 
 import sdsurgery as sd
 from sdsurgery import history
@@ -221,18 +225,50 @@ def test_without_being_asked_for_a_sidecar_is_used(made: Path) -> None:
     assert made.with_name("back.safetensors").read_bytes() == made.with_name("model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("asked", [[], ["--sidecar"]])
-def test_a_changed_weight_is_noticed(made: Path, asked: list[str]) -> None:
-    """The extras are kept, what was recorded of the whole isn't, and a person is told."""
-    before = raw_file(made.with_name("model.safetensors"))
-    with_weight(made, "unet/conv_in.bias", lambda weight: replace(weight, content=bytes(len(weight.content))))
+def zeroed(weight: Raw) -> Raw:
+    return replace(weight, content=bytes(len(weight.content)))
+
+
+def widened(weight: Raw) -> Raw:
+    return Raw("F32", weight.shape, weight.content * 2)
+
+
+CHANGED = {
+    "unet": ("unet/conv_in.bias", UNET + "input_blocks.0.0.bias", zeroed),
+    "vae": ("vae/quant_conv.bias", VAE + "quant_conv.bias", zeroed),
+    "vae, cast": ("vae/quant_conv.bias", VAE + "quant_conv.bias", widened),
+    "text_encoder": (
+        "text_encoder/text_model.final_layer_norm.bias", CLIP["sd1"] + "text_model.final_layer_norm.bias", zeroed
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_what_belongs_to_a_changed_component_isnt_put_back(made: Path, kind: str) -> None:
+    """EMA weights and what is no network's are of the UNet as it was; all that belongs to the others is put back."""
+    before, kept = raw_file(made.with_name("model.safetensors")), raw_file(sidecar(made))
+    there, key, change = CHANGED[kind]
+    with_weight(made, there, change)
     back = made.with_name("back.safetensors")
-    result = cli("convert", made, back, *asked, "--json")
+    result = cli("convert", made, back, "--json")
     assert result.code == 0
     (warning,) = [note["message"] for note in result.json["notes"] if note["level"] == "warning"]
-    assert "isn't restored" in warning
-    key = "model.diffusion_model.input_blocks.0.0.bias"
-    assert raw_file(back) == before | {key: (*before[key][:2], bytes(len(before[key][2])))}
+    assert f"its {kind.partition(',')[0]} changed" in warning
+    expected = before | {key: tuple_of(change(Raw(*before[key])))}
+    added = {entry["key"] for entry in result.json["changes"] if entry["kind"] == "added"}
+    if kind == "unet":
+        gone = kept.keys() - {CLIP["sd1"] + IDS}
+        assert f"{len(gone)} tensors in the sidecar are left out" in warning
+        expected = {name: tensor for name, tensor in expected.items() if name not in gone}
+        assert added == {CLIP["sd1"] + IDS}
+    elif kind == "text_encoder":
+        expected[CLIP["sd1"] + IDS] = tuple_of(int64s(range(before[CLIP["sd1"] + IDS][1][1])))
+        assert added == kept.keys() - {CLIP["sd1"] + IDS}
+        assert "left out" not in warning
+    else:
+        assert added == kept.keys()
+        assert "left out" not in warning
+    assert raw_file(back) == expected
     told = metadata(back)
     assert not set(told) & set(history.HASH_KEYS)
     assert {name: told[name] for name in METADATA if name not in {*history.HASH_KEYS, "sdsurgery"}} == {
@@ -241,6 +277,30 @@ def test_a_changed_weight_is_noticed(made: Path, asked: list[str]) -> None:
     assert [step["operation"] for step in history.recorded(told)] == ["convert"]
     dropped = {change["key"] for change in result.json["changes"] if change["kind"] == "metadata"}
     assert dropped == set(history.HASH_KEYS)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("kind", CHANGED)
+def test_where_the_original_is_asked_for_nothing_else_will_do(made: Path, kind: str, dry: list[str]) -> None:
+    there, _, change = CHANGED[kind]
+    with_weight(made, there, change)
+    result = cli("convert", made, made.with_name("back.safetensors"), "--sidecar", "--json", *dry)
+    assert (result.code, result.json["error"]["kind"]) == (3, "mismatch")
+    assert result.json["error"]["file"] == str(sidecar(made))
+    assert f"its {kind.partition(',')[0]} changed" in result.json["error"]["message"]
+    assert "leave out --sidecar" in result.json["error"]["remedy"]
+    assert not made.with_name("back.safetensors").exists()
+
+
+def test_a_component_that_is_gone_is_a_changed_one(made: Path) -> None:
+    shutil.rmtree(made / "vae")
+    index = json.loads((made / "model_index.json").read_text("utf-8"))
+    (made / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}), "utf-8")
+    before, back = raw_file(made.with_name("model.safetensors")), made.with_name("back.safetensors")
+    result = cli("convert", made, back)
+    assert result.code == 0
+    assert "its vae changed" in result.err
+    assert raw_file(back) == {key: tensor for key, tensor in before.items() if not key.startswith(VAE)}
 
 
 def test_an_equal_weight_written_anew_is_no_change(made: Path) -> None:
@@ -259,10 +319,10 @@ def another(folder: Path) -> None:
 
 
 def cast(folder: Path) -> None:
-    def widened(weight: Raw) -> Raw:
-        return Raw("F32", weight.shape, weight.content * 2)
-
-    with_weight(folder, "vae/quant_conv.bias", widened)
+    other = folder.with_name("cast")
+    assert cli("convert", folder, other, "--dtype", "bf16").code == 0
+    shutil.rmtree(folder)
+    other.rename(folder)
 
 
 def rewritten(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -293,6 +353,27 @@ def tensors_gone(folder: Path) -> None:
     sidecar(folder).write_bytes(with_metadata({}, metadata(sidecar(folder))))
 
 
+def kept_one(change: Callable[[Raw], Raw]) -> Callable[[Path], None]:
+    """Change one of the tensors that it keeps."""
+
+    def spoil(folder: Path) -> None:
+        state = {name: Raw(*value) for name, value in raw_file(sidecar(folder)).items()}
+        state["betas"] = change(state["betas"])
+        sidecar(folder).write_bytes(with_metadata(state, metadata(sidecar(folder))))
+
+    return spoil
+
+
+def parts_unknown(found: list[Any]) -> None:
+    for entry in found:
+        entry[4] = "x"
+
+
+def sources_gone(found: list[Any]) -> None:
+    for entry in found:
+        entry[3] = entry[3] and "nowhere"
+
+
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another folder's": (another, "isn't this folder's"),
     "the folder was cast": (cast, "isn't this folder's"),
@@ -313,28 +394,46 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "an empty record": (rewritten(lambda _: {}), "be read"),
     "a later version": (rewritten(lambda record: record.update(schema_version=2)), "this version"),
-    "no digest": (rewritten(lambda record: record.update(blake3=None)), "this version"),
-    "metadata that are no text": (rewritten(lambda record: record.update(metadata={"a": 1})), "be read"),
-    "metadata that can't be written": (rewritten(lambda record: record.update(metadata={"a": "\ud800"})), "be read"),
-    "a key that is no text": (entries(lambda found: found.append([1, "F16", [], None])), "be read"),
-    "a key that can't be written": (entries(lambda found: found.append(["\ud800", "F16", [0], "a"])), "be read"),
+    "no digest": (rewritten(lambda record: record.update(blake3=None)), "be read"),
+    "no digest of a component": (rewritten(lambda record: record["blake3"].pop("vae") and None), "this version"),
+    "no digest of what it keeps": (rewritten(lambda record: record["blake3"].pop("") and None), "this version"),
+    "a digest that is no text": (rewritten(lambda record: record["blake3"].update(vae=5)), "be read"),
+    "metadata that are no text": (rewritten(lambda record: record.update(header=None, metadata={"a": 1})), "be read"),
+    "metadata that can't be written": (
+        rewritten(lambda record: record.update(header=None, metadata={"a": "\ud800"})),
+        "be read",
+    ),
+    "neither header nor metadata": (rewritten(lambda record: record.update(header=None)), "be read"),
+    "a key that is no text": (entries(lambda found: found.append([1, "F16", [], None, "vae"])), "be read"),
+    "a key that can't be written": (entries(lambda found: found.append(["\ud800", "F16", [0], "a", "vae"])), "be read"),
     "an entry too short": (entries(lambda found: found.append(["a"])), "be read"),
     "an entry twice": (entries(lambda found: found.append(found[0])), "this version"),
     "an unknown type": (entries(lambda found: found[0].__setitem__(1, "F17")), "this version"),
     "a type that is no name": (entries(lambda found: found[0].__setitem__(1, [])), "be read"),
     "a negative size": (entries(lambda found: found[0].__setitem__(2, [-1])), "this version"),
     "a size that is true": (entries(lambda found: found[0].__setitem__(2, [True])), "this version"),
-    "half a byte": (entries(lambda found: found.append(["a", "F4", [1], None])), "be read"),
+    "half a byte": (entries(lambda found: found.append(["a", "F4", [1], None, "vae"])), "be read"),
     "a size without bounds": (entries(lambda found: found[0].__setitem__(2, [10**4000, 10**4000])), "this version"),
-    "a weight of the folder that isn't there": (entries(lambda found: found[0].__setitem__(3, "nowhere")), "folder's"),
-    "a tensor more": (entries(lambda found: found.append(["a", "F16", [], None])), "lacks a"),
-    "a tensor fewer": (entries(lambda found: found.pop() and None), "the header"),
+    "two thousand dimensions": (entries(lambda found: found[0].__setitem__(2, [1] * 2000)), "this version"),
+    "a part that is no name": (entries(lambda found: found[0].__setitem__(4, 5)), "this version"),
+    "a part that nobody knows": (entries(parts_unknown), "this version"),
+    "weights of the folder that aren't there": (entries(sources_gone), "isn't this folder's"),
+    "a tensor more": (entries(lambda found: found.append(["a", "F16", [], None, "vae"])), "lacks a"),
+    "a tensor fewer": (
+        entries(lambda found: found.remove(next(entry for entry in found if not entry[3]))),
+        "what it keeps isn't",
+    ),
+    "a kept tensor of other bytes": (kept_one(zeroed), "what it keeps isn't"),
+    "a kept tensor of another type": (kept_one(lambda _: Raw("U8", (1,), b"a")), "what it keeps isn't"),
     "another shape": (entries(lambda found: found[0].__setitem__(2, [1, *found[0][2]])), "the header"),
-    "a header that is no JSON": (header(lambda text: text[:-9]), "the header"),
+    "a header that is no JSON": (header(lambda text: text[:-9]), "be read"),
     "a header of another file": (header(lambda _: "{}"), "the header"),
     "a header that is no text": (header(lambda _: 5), "be read"),
     "a header that can't be written": (header(lambda text: text + "\ud800"), "be read"),
-    "offsets of another file": (header(lambda text: text.replace("[", "[ 1", 1)), "the header"),
+    "offsets of another file": (
+        header(lambda text: re.sub(r'"data_offsets"\s*:\s*\[\s*', r"\g<0>1", text, count=1)),
+        "the header",
+    ),
 }
 
 

@@ -203,7 +203,7 @@ def _record(sidecar: Checkpoint) -> dict[str, Any]:
         raise _corrupt(sidecar, "its record can't be read") from error
     if not sound or len(keys) < len(record["tensors"]):
         raise _corrupt(sidecar, "its record isn't one that this version wrote")
-    if {entry[4] for entry in record["tensors"] if entry[3] is not None} - record["blake3"].keys():
+    if {_KEPT if entry[3] is None else entry[4] for entry in record["tensors"]} - record["blake3"].keys():
         raise _corrupt(sidecar, "its record isn't one that this version wrote")
     return dict(record)
 

@@ -133,7 +133,7 @@ class Convert(Operation):
         added = [
             Change(key, "added", None, f"{tensor}, from the sidecar")
             for key, tensor in sidecar.items()
-            if key not in found.left_out and found.tensors.get(key, tensor).data == tensor.data
+            if key in found.tensors and found.tensors[key].data == tensor.data
         ]
         notes = [*converted.notes[:1], *map(_companion_note, companions)]
         if not found.changed:
