@@ -107,15 +107,37 @@ class SourceFile:
         while length:
             part = self._pread(length, offset)
             if not part:
-                raise CorruptError(
-                    f"the file ends at byte {offset}, {length} bytes early",
-                    file=self.path,
-                    remedy="download or copy it again",
-                )
+                raise self._too_short(offset, length)
             parts.append(part)
             offset += len(part)
             length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes at ``offset``."""
+        if not hasattr(os, "preadv"):
+            buffer[:] = self.read(offset, len(buffer))
+            return
+        while buffer:
+            try:
+                count = os.preadv(self.fileno(), [buffer], offset)
+            except OSError as error:
+                raise self._unreadable(offset, error) from error
+            if not count:
+                raise self._too_short(offset, len(buffer))
+            buffer, offset = buffer[count:], offset + count
+
+    def _too_short(self, offset: int, length: int) -> CorruptError:
+        return CorruptError(
+            f"the file ends at byte {offset}, {length} bytes early",
+            file=self.path,
+            remedy="download or copy it again",
+        )
+
+    def _unreadable(self, offset: int, error: OSError) -> UnreadableError:
+        return UnreadableError(
+            f"reading at byte {offset} failed: {error.strerror}", file=self.path, remedy="check the disk"
+        )
 
     def _pread(self, length: int, offset: int) -> bytes:
         fd = self.fileno()
@@ -126,9 +148,7 @@ class SourceFile:
                 os.lseek(fd, offset, os.SEEK_SET)
                 return os.read(fd, length)
         except OSError as error:
-            raise UnreadableError(
-                f"reading at byte {offset} failed: {error.strerror}", file=self.path, remedy="check the disk"
-            ) from error
+            raise self._unreadable(offset, error) from error
 
 
 def _open_for_reading(path: Path) -> int:
@@ -361,6 +381,23 @@ def transposed(data: Data, shape: tuple[int, int], itemsize: int) -> Data:
     if isinstance(data, Transposed) and (data.rows, data.itemsize) == (columns, itemsize):
         return data.data
     return Transposed(data, rows, itemsize)
+
+
+def sweep(parts: Iterable[Data], size: int = CHUNK) -> Iterator[Buffer]:
+    """The bytes of all parts, piece by piece, each only good until the next is asked for.
+
+    What lies in files is read into one buffer over and over: new memory for each piece costs more than the reading.
+    """
+    buffer = memoryview(bytearray(size))
+    for part in parts:
+        for piece in part.parts if isinstance(part, Joined) else (part,):
+            if not isinstance(piece, FileSlice):
+                yield from piece.chunks(size)
+                continue
+            for start in range(0, piece.nbytes, size):
+                view = buffer[: min(size, piece.nbytes - start)]
+                piece.file.read_into(view, piece.offset + start)
+                yield view
 
 
 def ahead(pieces: Iterable[Buffer], depth: int = 2) -> Iterator[Buffer]:

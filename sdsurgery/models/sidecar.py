@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint, Tensor
 from ..containers import safetensors
 from ..dtypes import BY_NAME
 from ..errors import CorruptError, MismatchError
+from ..sources import sweep
 from .identify import identify
 
 RECORD_KEY = "sdsurgery.sidecar"
@@ -177,10 +178,9 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     listed = list(tensors)
     digest = blake3(max_threads=blake3.AUTO)
     with progress.task("comparing with the original", sum(tensor.nbytes for tensor in listed)) as advance:
-        for tensor in listed:
-            for chunk in tensor.chunks():
-                digest.update(chunk)
-                advance(len(chunk))
+        for piece in sweep(tensor.data for tensor in listed):
+            digest.update(piece)
+            advance(len(piece))
     return digest.hexdigest()
 
 
