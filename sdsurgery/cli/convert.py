@@ -16,7 +16,7 @@ from ..containers import folder_writing, folders, save
 from ..containers import open as open_checkpoint
 from ..containers.saving import SUFFIXES, check_target, content, losses
 from ..containers.writing import AtomicFile
-from ..errors import InputError, MismatchError, OutputExistsError, SurgeryError, UsageError
+from ..errors import InputError, MismatchError, OutputExistsError, SurgeryError, UnsupportedError, UsageError
 from ..models import sidecar as sidecars
 from ..operations import Cast, Convert, sidecar_of
 from ..operations.cast import DTypeName
@@ -121,7 +121,7 @@ def _opened(request: _Request) -> Checkpoint:
         return open_checkpoint(request.source)
     try:
         return open_checkpoint(request.source, variant=request.variant)
-    except SurgeryError:
+    except UnsupportedError:  # it has no such variant: then it is what the new folder's files are to be called
         if not request.into_folder:
             raise
         return open_checkpoint(request.source)
@@ -216,11 +216,11 @@ def _check_yaml(request: _Request, result: Checkpoint) -> None:
     beside = request.target.with_suffix(".yaml")
     if request.into_folder or not beside.exists():
         return
-    if request.config and request.config.exists() and beside.samefile(request.config):
-        raise OutputExistsError("it is one of the inputs", file=beside, remedy="choose another name for DST")
     if ".yaml" not in result.companions:
         message = f"warning: {beside} lies there already, and loaders will take it for the new file's config"
         click.echo(terminal.printable(message), err=True)
+    elif request.config and request.config.exists() and beside.samefile(request.config):
+        raise OutputExistsError("it is one of the inputs", file=beside, remedy="choose another name for DST")
 
 
 def _checked(

@@ -217,6 +217,10 @@ def _vae(document: Mapping[str, Any]) -> VaeConfig:
     scale = document.get("scaling_factor", 0.18215)
     if type(scale) not in {int, float} or not 0 < scale < 1 << 24:
         raise ValueError(f"scaling_factor is {scale!r}")
+    for field in ("latents_mean", "latents_std"):
+        numbers = document.get(field)
+        if not (numbers is None or (isinstance(numbers, list) and all(type(item) in {int, float} for item in numbers))):
+            raise ValueError(f"{field} is {numbers!r}")
     pixels = _size(document, "in_channels", 3)
     if _size(document, "out_channels", 3) != pixels:
         raise _UnknownFieldError("out_channels", document.get("out_channels"))

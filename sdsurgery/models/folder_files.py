@@ -66,7 +66,7 @@ def prediction(checkpoint: Checkpoint, model: Model, stated: Stated) -> Predicti
         zero_snr = zero_snr or bool(stated.scheduler.get("rescale_betas_zero_snr"))
     if stated.prediction_type:
         return Prediction(stated.prediction_type, zero_snr, stated.why)
-    if {"edm_vpred.sigma_max", "edm_vpred.sigma_min"} & markers:
+    if model.base_family == "sdxl" and {"edm_vpred.sigma_max", "edm_vpred.sigma_min"} & markers:
         return Prediction("v_prediction", zero_snr, "the file has the markers edm_vpred")
     if "v_pred" in markers:
         return Prediction("v_prediction", zero_snr, "the file has the marker v_pred")
@@ -142,9 +142,8 @@ class FolderFiles:
         shaped = described(config)
         if document | shaped != document:
             document |= self._assumed(name, document, config, stated)
-        if isinstance(config, VaeConfig) and self._marker("edm_mean") and self._marker("edm_std"):
-            document["scaling_factor"] = stock("sdxl")["edm"]["latents_scaling_factor"]
-            document |= {"latents_mean": self._marker("edm_mean"), "latents_std": self._marker("edm_std")}
+        if name == "vae" and self._edm_latents():
+            document |= {"scaling_factor": stock("sdxl")["edm"]["latents_scaling_factor"], **self._edm_latents()}
         if isinstance(config, ClipConfig) and config.projected:
             document["architectures"] = ["CLIPTextModelWithProjection"]
         if name == "unet" and self._stated.head_channels and "attention_head_dim" not in stated:
@@ -204,7 +203,7 @@ class FolderFiles:
             document |= overrides["v_prediction"]["scheduler"]
         edm = self._edm_scheduler()
         if edm:
-            return dict(sorted(edm.items()))
+            return dict(sorted((edm | {"prediction_type": found.type}).items()))
         text_encoder = self.model.components.get("text_encoder")
         if family == "sd2" and text_encoder and "conditioner." in text_encoder.prefix:
             document |= overrides["turbo"]["scheduler"]
@@ -215,12 +214,20 @@ class FolderFiles:
 
     def _edm_scheduler(self) -> dict[str, Any] | None:
         """The scheduler of CosXL or Playground v2.5, whose markers tell of them; both came after diffusers 0.21."""
-        sigmas = {name: self._marker(f"edm_vpred.{name}") for name in ("sigma_max", "sigma_min")}
-        if self._marker("edm_mean"):
+        if self._edm_latents():
             return dict(stock("sdxl")["edm"]["latents"])
-        if not any(sigmas.values()):
+        sigmas = {name: self._marker(f"edm_vpred.{name}") for name in ("sigma_max", "sigma_min")}
+        if self.model.base_family != "sdxl" or not any(sigmas.values()):
             return None
         return dict(stock("sdxl")["edm"]["vpred"]) | {name: found[0] for name, found in sigmas.items() if found}
+
+    def _edm_latents(self) -> dict[str, list[float]]:
+        """Playground's mean and spread of the latents; nothing where the markers don't tell both of each channel."""
+        vae = self.model.components.get("vae")
+        if self.model.base_family != "sdxl" or vae is None or not isinstance(vae.config, VaeConfig):
+            return {}
+        found = {"latents_mean": self._marker("edm_mean"), "latents_std": self._marker("edm_std")}
+        return found if all(len(numbers) == vae.config.latent for numbers in found.values()) else {}
 
     def _marker(self, name: str) -> list[float]:
         """The values of a marker tensor, if it is there and they are sound."""

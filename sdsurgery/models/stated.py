@@ -23,12 +23,15 @@ from .configs import (
     NETWORKS,
     SCHEDULER_CONFIG_NAME,
     component_of,
+    described,
     documents,
     read_document,
     structure,
 )
 from .identify import Model, identify
 from .walks import Config, OpenClipConfig, UNetConfig
+
+_NAME_ITS_OWN = "name the model's own config"
 
 CONFIGS = "configs"
 SCHEDULER = "scheduler"
@@ -101,13 +104,30 @@ class Stated:
             (*self.ignored, *other.ignored),
         )
 
-    def structures(self, model: Model) -> dict[str, Config]:
-        """The structure of each component that a whole config tells."""
+    def structures(self, model: Model, source: Path | None = None) -> dict[str, Config]:
+        """The structure of each component that a whole config tells; an error names the file in the source."""
         told: dict[str, Config] = {}
         for name in self.whole & model.components.keys():
             open_clip = isinstance(model.components[name].config, OpenClipConfig)
-            told[name] = structure(name, self.configs[name], open_clip=open_clip)
+            file = str(_config_in(source, name)) if source else ""
+            told[name] = structure(name, self.configs[name], file, open_clip=open_clip)
         return told
+
+    def check(self, model: Model, file: str = "") -> None:
+        """Refuse values that nothing can be built of: what is stated here ends up in a folder's configs.
+
+        Raises:
+            InputError: Names the field.
+        """
+        for name, found in model.networks.items():
+            if name in self.configs and found.config is not None:
+                fields = {**described(found.config), **self.configs[name]}
+                structure(name, fields, file, open_clip=isinstance(found.config, OpenClipConfig))
+
+
+def _config_in(source: Path, name: str) -> Path:
+    """The file that tells of a component, in what somebody named: it, or the folder that has it."""
+    return source / name / CONFIG_NAME if source.is_dir() else source
 
 
 def silent_fields(part: str) -> Mapping[str, Any]:
@@ -130,6 +150,10 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
     """
     # A folder's own configs tell more than what an earlier file's record says, and later.
     found = Stated() if checkpoint.folder else _in_metadata(checkpoint)
+    try:
+        found.check(model)
+    except InputError as error:
+        found = Stated(ignored=(f"what its metadata record of a conversion was not used: {error.message}",))
     beside = _beside(checkpoint)
     if beside is not None:
         try:
@@ -144,11 +168,13 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
 def _read_fitting(path: Path, checkpoint: Checkpoint, model: Model) -> Stated:
     """What a config states, unless it is one of another model than the weights are of."""
     told = _read(path, model)
-    for name, found in identify(checkpoint, told.structures(model)).networks.items():
+    if not told.whole:
+        told.check(model, str(path))
+    for name, found in identify(checkpoint, told.structures(model, path)).networks.items():
         wrong = [*found.missing, *found.misshapen(checkpoint.tensors)] if name in told.whole else []
         if wrong:
             message = f"it tells of another {name} than these weights are of: {wrong[0]} doesn't fit"
-            raise MismatchError(message, file=path, key=wrong[0], remedy="name the model's own config")
+            raise MismatchError(message, file=_config_in(path, name), key=wrong[0], remedy=_NAME_ITS_OWN)
     return told
 
 
@@ -172,7 +198,9 @@ def _read(path: Path, model: Model) -> Stated:
         return _of_yaml(yaml_config.read(_content(path).decode("utf-8", "replace"), str(path)), path, model)
     document = read_document(_content(path), str(path))
     networks = list(model.networks)
-    name = networks[0] if len(networks) == 1 else component_of(document, open_clip="text_encoder" not in networks)
+    name = component_of(document, open_clip="text_encoder_2" in networks)
+    if len(networks) == 1 and (name is None or silent_fields(name) is silent_fields(networks[0])):
+        name = networks[0]  # of two text encoders, the class doesn't tell which
     if name not in networks:
         message = f"it is no config of a component that the model has: {', '.join(networks)}"
         raise UnsupportedError(message, file=path, remedy="name a folder that has the configs of all, or a .yaml")
@@ -229,10 +257,11 @@ def _of_yaml(facts: yaml_config.YamlFacts, path: Path, model: Model) -> Stated:
     unet = model.components.get("unet")
     inputs = unet.config.inputs if unet and isinstance(unet.config, UNetConfig) else None
     if model.base_family not in {facts.family or model.base_family, "unknown"}:
-        raise MismatchError(f"it is for {facts.family}, and the model is {model.family}", file=path)
+        message = f"it is for {facts.family}, and the model is {model.family}"
+        raise MismatchError(message, file=path, remedy=_NAME_ITS_OWN)
     if inputs and facts.in_channels not in {None, inputs}:
         message = f"it is for {facts.in_channels} input channels, and the model has {inputs}"
-        raise MismatchError(message, file=path, remedy="name the model's own")
+        raise MismatchError(message, file=path, remedy=_NAME_ITS_OWN)
     configs: dict[str, dict[str, Any]] = {}
     if facts.num_heads:
         configs["unet"] = {"attention_head_dim": facts.num_heads}

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..models import sidecar as sidecars
 from ..models import yaml_config
 from ..models.components import Component
-from ..models.configs import documents
+from ..models.configs import MAX_DOCUMENT, documents
 from ..models.conversion import Converted, convertible, from_diffusers, from_ldm, renamed_to_current
 from ..models.folder_files import FolderFiles, Prediction
 from ..models.identify import Model, identify
@@ -110,7 +110,7 @@ class Convert(Operation):
         family = files.model.base_family
         prediction = FolderFiles(single, files.model, stated).prediction
         if family == "sdxl":
-            _mark(converted, prediction, stated.scheduler or {})
+            _mark(converted, prediction, stated)
         companions = _yaml(files, stated, prediction)
         if self.sidecar is not None:
             return self._restored(checkpoint, converted, opened(self.sidecar), companions)
@@ -178,7 +178,7 @@ def _files_that_go(checkpoint: Checkpoint, files: FolderFiles) -> tuple[list[Cha
         for name, data in there.items()
         if name.endswith((_VOCABULARY, _MERGES))
         and name in made
-        and _tokens(b"".join(data.chunks())) != _tokens(made[name])
+        and (data.nbytes > MAX_DOCUMENT or _tokens(b"".join(data.chunks())) != _tokens(made[name]))
     ]
     message = "isn't CLIP's: a single file holds no tokenizer, and loaders will take CLIP's"
     return gone, [Note(f"{name} {message}", "warning", name) for name in other]
@@ -191,7 +191,7 @@ def _tokens(content: bytes) -> Any:
     """What a file of a tokenizer says, however it is laid out."""
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [line for line in content.decode("utf-8", "replace").splitlines() if line and line[:9] != "#version:"]
 
 
@@ -239,19 +239,37 @@ def _unlike(defaults: Mapping[str, Any], said: Mapping[str, Any], assumed: Mappi
     return {field: value for field, value in fields.items() if value != assumed.get(field, defaults[field])}
 
 
-def _mark(converted: Converted, prediction: Prediction, scheduler: Mapping[str, Any]) -> None:
-    """The markers by which loaders of SDXL's single files know what the UNet predicts."""
+def _mark(converted: Converted, prediction: Prediction, stated: Stated) -> None:
+    """The markers by which loaders of SDXL's single files know what the UNet predicts, and of which latents."""
     predicts_v = prediction.type == "v_prediction"
+    scheduler = {**_EDM_SIGMAS, **(stated.scheduler or {})}
     marks: dict[str, tuple[float, ...]] = {}
-    if predicts_v and str(scheduler.get("_class_name")).startswith("EDM"):
-        sigmas = {name: scheduler.get(name) for name in ("sigma_max", "sigma_min")}
-        marks = {f"edm_vpred.{name}": (sigma,) for name, sigma in sigmas.items() if isinstance(sigma, float)}
+    if str(scheduler.get("_class_name")).startswith("EDM"):
+        vae = stated.configs.get("vae", {})
+        if predicts_v:
+            marks = {f"edm_vpred.{name}": _numbers([scheduler[name]]) for name in _EDM_SIGMAS}
+        else:
+            marks = {f"edm_{name}": _numbers(vae.get(f"latents_{name}")) for name in ("mean", "std")}
+        marks = marks if all(marks.values()) else {}
     elif predicts_v:
         marks = {"v_pred": (), **({"ztsnr": ()} if prediction.zero_snr else {})}
     for key, numbers in marks.items():
         tensor = Tensor(F32, (len(numbers),), InMemory(struct.pack(f"<{len(numbers)}f", *numbers)))
         converted.tensors[key] = tensor
         converted.changes.append(Change(key, "added", None, str(tensor)))
+
+
+_EDM_SIGMAS: Mapping[str, Any] = {"sigma_max": 80.0, "sigma_min": 0.002}
+"""What diffusers' EDM schedulers take where their config lacks it."""
+
+_MOST_IN_F32 = 3e38
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """The numbers of a list, or nothing if it holds what is none, or what no marker can hold."""
+    listed = value if isinstance(value, list) else []
+    sound = all(type(number) in {int, float} and abs(number) < _MOST_IN_F32 for number in listed)
+    return tuple(map(float, listed)) if sound else ()
 
 
 def _yaml(files: FolderFiles, stated: Stated, prediction: Prediction) -> dict[str, InMemory]:
