@@ -516,6 +516,10 @@ def test_no_yaml_is_written_over_an_input(folders: Folders, tmp_path: Path) -> N
     for words in (["--force"], ["--force", "--dry-run"]):
         error = refused(folder, tmp_path / "out.safetensors", "--config", yaml, *words, code=4)
         assert error["file"] == str(yaml)
+        piped = ["-o", tmp_path / "out.safetensors", "--json", *words, "convert", "ldm", "--config", yaml]
+        result = cli("pipe", folder, *piped)
+        assert (result.code, result.json["error"]["file"]) == (4, str(yaml))
+        assert yaml.read_text() == "model: {params: {parameterization: v}}"
 
 
 def test_a_failing_save_leaves_neither_file_nor_yaml(

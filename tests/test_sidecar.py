@@ -292,6 +292,16 @@ def test_where_the_original_is_asked_for_nothing_else_will_do(made: Path, kind: 
     assert not made.with_name("back.safetensors").exists()
 
 
+def test_what_a_folder_states_of_a_changed_component_is_kept(made: Path) -> None:
+    with_weight(made, *CHANGED["vae"][::2])
+    path = made / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"scaling_factor": 0.5}), "utf-8")
+    back, again = made.with_name("back.safetensors"), made.with_name("again")
+    assert "configs is kept in the metadata" in cli("convert", made, back).out
+    assert cli("convert", back, again).code == 0
+    assert json.loads((again / "vae" / "config.json").read_text("utf-8"))["scaling_factor"] == 0.5
+
+
 def test_a_component_that_is_gone_is_a_changed_one(made: Path) -> None:
     shutil.rmtree(made / "vae")
     index = json.loads((made / "model_index.json").read_text("utf-8"))

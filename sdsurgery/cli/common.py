@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from ..containers import open as open_checkpoint
 from ..containers import save
 from ..containers.patching import patch_in_place
 from ..containers.saving import SUFFIXES, check_target, losses, target_container
-from ..errors import OutputError, SurgeryError, UsageError
+from ..errors import OutputError, OutputExistsError, SurgeryError, UsageError
 from ..operations import Operation
 from ..reports import documents, terminal
 from .bars import Bars
@@ -111,6 +111,7 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
         writes = bool(result.changes) or options.output is not None
         if writes:
             check_target(result, target, force=options.force, in_place=options.in_place)
+            refuse_configs(result, target, [path for operation in operations for path in operation.configs_read])
             _refuse_loss(result, target, options)
             _warn_of_cache(target, options)
         if writes and not options.dry_run:
@@ -127,6 +128,13 @@ def refuse_output(output: Path, options: WriteOptions) -> None:
     check_target(Checkpoint({}), output, force=options.force, in_place=False)
     if not output.parent.is_dir():
         raise OutputError("there is no such folder", file=output, remedy="make the folder first")
+
+
+def refuse_configs(checkpoint: Checkpoint, target: Path, configs: Iterable[Path]) -> None:
+    """Refuse to write one of the named configs over, whatever is forced."""
+    for place in map(target.with_suffix, checkpoint.companions):
+        if place.exists() and any(config.exists() and config.samefile(place) for config in configs):
+            raise OutputExistsError("it is one of the inputs", file=place, remedy="choose another name")
 
 
 def _warn_of_cache(target: Path, options: WriteOptions) -> None:

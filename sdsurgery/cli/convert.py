@@ -16,13 +16,13 @@ from ..containers import folder_writing, folders, save
 from ..containers import open as open_checkpoint
 from ..containers.saving import SUFFIXES, check_target, content, losses
 from ..containers.writing import AtomicFile
-from ..errors import InputError, MismatchError, OutputExistsError, SurgeryError, UnsupportedError, UsageError
+from ..errors import InputError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from ..models import sidecar as sidecars
 from ..operations import Cast, Convert, sidecar_of
 from ..operations.cast import DTypeName
 from ..operations.convert import LayoutName, PredictionType
 from ..reports import terminal
-from .common import Report, WriteOptions, listening, refuse_output, write_options
+from .common import Report, WriteOptions, listening, refuse_configs, refuse_output, write_options
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -213,14 +213,11 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
 
 def _check_yaml(request: _Request, result: Checkpoint) -> None:
     """What lies beside a single file under its name is taken for its config by every loader."""
+    refuse_configs(result, request.target, [request.config] if request.config else [])
     beside = request.target.with_suffix(".yaml")
-    if request.into_folder or not beside.exists():
-        return
-    if ".yaml" not in result.companions:
+    if not request.into_folder and ".yaml" not in result.companions and beside.exists():
         message = f"warning: {beside} lies there already, and loaders will take it for the new file's config"
         click.echo(terminal.printable(message), err=True)
-    elif request.config and request.config.exists() and beside.samefile(request.config):
-        raise OutputExistsError("it is one of the inputs", file=beside, remedy="choose another name for DST")
 
 
 def _checked(

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..checkpoint import Checkpoint, Input
@@ -72,6 +72,11 @@ class Operation(ABC):
                     raise UsageError(
                         f"{given!r} is no {name} that {self.name} knows", remedy=f"choose from {', '.join(choices)}"
                     )
+
+    @property
+    def configs_read(self) -> tuple[Path, ...]:
+        """Files besides models that it reads, which no output may replace."""
+        return ()
 
     @abstractmethod
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step, Tensor
@@ -61,6 +62,11 @@ class Convert(Operation):
         Param("Restore the original with what this sidecar kept of it; to ldm only.", metavar="FILE"),
     ] = None
 
+    @property
+    def configs_read(self) -> tuple[Path, ...]:
+        """What is named with ``config``."""
+        return (Path(self.config),) if self.config else ()
+
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """See :class:`Convert`."""
         if self.sidecar is not None and self.to != "ldm":
@@ -113,8 +119,8 @@ class Convert(Operation):
             _mark(converted, prediction, stated)
         companions = _yaml(files, stated, prediction)
         if self.sidecar is not None:
-            return self._restored(checkpoint, converted, opened(self.sidecar), companions)
-        notes = [Note(f"{name} is kept in the metadata: no shape tells it") for name in facts]
+            return self._restored(checkpoint, converted, opened(self.sidecar), facts, companions)
+        notes = _fact_notes(facts)
         gone, warnings = _files_that_go(checkpoint, files)
         converted.changes.extend(gone)
         notes.extend(warnings)
@@ -126,6 +132,7 @@ class Convert(Operation):
         checkpoint: Checkpoint,
         converted: Converted,
         sidecar: Checkpoint,
+        facts: Mapping[str, Any],
         companions: Mapping[str, InMemory],
     ) -> Checkpoint:
         found = sidecars.restore(converted.tensors, sidecar)
@@ -137,12 +144,14 @@ class Convert(Operation):
         ]
         notes = [*converted.notes[:1], *map(_companion_note, companions)]
         if not found.changed:
+            facts = {}
             notes.append(Note("with the sidecar it is the original again, bit for bit"))
         else:
+            notes += _fact_notes(facts)
             message = f"not the original: its {', '.join(found.changed)} changed since the sidecar was written"
             gone = f"; of that, {len(found.left_out)} tensors in the sidecar are left out" if found.left_out else ""
             notes.append(Note(message + gone, "warning"))
-        step = Step(self.name, self.parameters(), (*kept, *added), tuple(notes), input_record(sidecar))
+        step = Step(self.name, self.parameters(), (*kept, *added), tuple(notes), input_record(sidecar), facts)
         result = without_aside(checkpoint).evolve(
             found.tensors, step, folder=None, metadata=found.metadata, companions=companions
         )
@@ -193,6 +202,10 @@ def _tokens(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return [line for line in content.decode("utf-8", "replace").splitlines() if line and line[:9] != "#version:"]
+
+
+def _fact_notes(facts: Mapping[str, Any]) -> list[Note]:
+    return [Note(f"{name} is kept in the metadata: no shape tells it") for name in facts]
 
 
 def _companion_note(suffix: str) -> Note:
