@@ -37,7 +37,7 @@ _TEXT_ENCODERS: Mapping[str, tuple[type[Config], ...]] = {
     "sdxl-refiner": (OpenClipConfig,),
 }
 
-_IN_FOLDERS = frozenset({*NETWORKS, "safety_checker", "image_encoder", "depth_estimator"})
+_IN_FOLDERS = frozenset({*NETWORKS, "safety_checker", "image_encoder", "depth_estimator", "controlnet"})
 """What a folder of these families may hold weights of."""
 
 _LONE_CLIP_PATHS = frozenset({"", "text_model.", "transformer.", "transformer.text_model."})
