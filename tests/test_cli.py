@@ -27,7 +27,7 @@ from sdsurgery.cli import app, bars, run
 from sdsurgery.operations import OPERATIONS
 
 OK, MERGED, VAE = FIXTURES / "sd1-ids-ok.safetensors", FIXTURES / "merged.ckpt", FIXTURES / "vae.safetensors"
-COMMANDS = ("inspect", "fix-clip", "merge-vae", "extract", "replace", "prune", "cast", "convert", "pipe")
+COMMANDS = ("inspect", "fix-clip", "merge-vae", "extract", "replace", "prune", "cast", "convert", "diff", "pipe")
 
 # The options of each command in the contract, the issue and the pages of `docs/commands`.
 WRITING = {"-o", "--output", "--in-place", "--dry-run", "--json", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
@@ -41,6 +41,7 @@ OPTIONS = {
     "cast": WRITING | {"--component", "--on-overflow"},
     "convert": (WRITING - {"-o", "--output", "--in-place"})
     | {"--to", "--dtype", "--variant", "--shard-size", "--ema", "--sidecar", "--config", "--prediction-type"},
+    "diff": {"--component", "--explain-with", "--atol", "--stat", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
     "pipe": WRITING,
 }
 
@@ -89,7 +90,7 @@ def test_version() -> None:
 
 
 def test_every_operation_is_a_command_and_documented() -> None:
-    assert {*OPERATIONS, "inspect", "pipe"} == set(COMMANDS) == set(app.sdsurgery.commands)
+    assert {*OPERATIONS, "inspect", "diff", "pipe"} == set(COMMANDS) == set(app.sdsurgery.commands)
     for name in COMMANDS:
         assert (ROOT / "docs" / "commands" / f"{name}.md").exists()
 
@@ -170,6 +171,7 @@ def test_an_unreadable_input_is_3(command: str, what: str, tmp_path: Path) -> No
     words: list[Any] = {
         "merge-vae": [VAE], "extract": ["--component", "vae"], "cast": ["fp16"], "pipe": ["--dry-run", "fix-clip"],
         "replace": ["--component", "vae", "--from", VAE], "convert": [tmp_path / "out"],
+        "diff": [OK],
     }.get(command, [])  # fmt: skip
     told = cli(command, path, *words)
     assert (told.code, told.out) == (3, "")

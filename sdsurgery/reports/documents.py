@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from ..checkpoint import Change, Checkpoint
 from ..errors import SurgeryError
 from ..inspection import Inspection
+from ..inspection.comparing import Statistics
+from ..inspection.diffing import Diff
+from ..inspection.explaining import Explanation
 from ..inspection.hashes import FileHashes
 from ..models.position_ids import Diagnosis
 
@@ -35,6 +39,42 @@ def written(checkpoint: Checkpoint, output: Path | None, dropped: Iterable[Chang
         "changes": changes,
         "notes": [asdict(note) for note in checkpoint.notes],
     }
+
+
+def diff(found: Diff, explanations: Iterable[Explanation] = ()) -> dict[str, Any]:
+    """What ``diff --json`` prints."""
+    return {
+        "identical": found.identical,
+        "families": list(found.families),
+        "layouts": list(found.layouts),
+        "equal": dict(found.equal),
+        "changed": [
+            {
+                "key": change.key,
+                "other_key": change.other_key,
+                "component": change.component,
+                "name": change.name,
+                "before": change.before,
+                "after": change.after,
+                "kind": change.comparison.kind,
+                **_statistics(change.comparison.statistics),
+            }
+            for change in found.changed
+        ],
+        "renamed": [asdict(entry) for entry in found.renamed],
+        "added": [asdict(entry) for entry in found.added],
+        "removed": [asdict(entry) for entry in found.removed],
+        "not_comparable": [asdict(entry) for entry in found.not_comparable],
+        "metadata": [asdict(entry) for entry in found.metadata],
+        "explanations": [asdict(entry) | {"exact": entry.exact} for entry in explanations],
+    }
+
+
+def _statistics(found: Statistics | None) -> dict[str, Any]:
+    """Numbers that JSON holds; null for what isn't one."""
+    names = ("max_abs", "mean_abs", "relative_l2", "cosine", "share", "special")
+    numbers = {name: getattr(found, name) if found else None for name in names}
+    return {name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def position_ids(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def _changes(changes: Iterable[Change]) -> Iterator[str]:
         by_kind.setdefault(change.kind, []).append(change)
     for kind, group in by_kind.items():
         shown = len(group) if kind in {"dropped", "added"} and len(group) <= _NAMED else _SHOWN
+        if kind == "renamed" and len(group) > _NAMED:  # a conversion: two show how
+            shown = 2
         for change in group[:shown]:
             yield printable(f"  {kind:<9} {_change(change)}")
         if len(group) > shown:

@@ -1,0 +1,75 @@
+"""diff: what changed between two models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from ..containers import open as open_checkpoint
+from ..inspection.diffing import diff
+from ..inspection.explaining import explain
+from ..models.configs import NETWORKS
+from ..operations.cast import ComponentName
+from ..reports import diff as report
+from ..reports import documents
+from .common import listening
+
+
+@click.command("diff")
+@click.argument("one", metavar="A", type=click.Path(path_type=Path))
+@click.argument("other", metavar="B", type=click.Path(path_type=Path))
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    type=click.Choice(get_args(ComponentName)),
+    help="Only this component; may be given several times.",
+)
+@click.option(
+    "--explain-with",
+    "third",
+    type=click.Path(path_type=Path),
+    metavar="C",
+    help="Tell whether what changed in B is a weighted sum of A and this model.",
+)
+@click.option("--atol", type=click.FloatRange(min=0), help="Differences up to this count as none, for the exit code.")
+@click.option("--stat", is_flag=True, help="Only the summary, a line a component.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing; the exit code tells.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def diff_command(one: Path, other: Path, **options: Any) -> int:
+    """Tell what changed from A to B, from the values of the weights.
+
+    Any container and layout against any other: single files, pickles, diffusers folders, lone components. Exit codes:
+    0 equal in everything that both layouts hold, 1 different.
+    """
+    asked = _Options(**options)
+    with listening(quiet=asked.quiet):
+        models = open_checkpoint(one), open_checkpoint(other)
+        found = diff(*models, asked.components)
+        changed = [name for name in NETWORKS if any(change.component == name for change in found.changed)]
+        third = asked.third
+        explanations = explain(*models, open_checkpoint(third), changed) if third and changed else []
+    if asked.as_json:
+        click.echo(documents.text(documents.diff(found, explanations)))
+    elif not asked.quiet:
+        names = (one.name, third.name if third else "")
+        for line in report.lines(found, explanations, names=names, stat=asked.stat):
+            click.echo(line)
+    return 0 if found.identical or (asked.atol is not None and found.within(asked.atol)) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What the command line asks for."""
+
+    components: tuple[str, ...]
+    third: Path | None
+    atol: float | None
+    stat: bool
+    as_json: bool
+    quiet: bool
+    debug: bool
