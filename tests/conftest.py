@@ -56,7 +56,7 @@ class Result:
         return document
 
 
-_MARKS = {"error": "error", "components": "inspect", "identical": "diff"}
+_MARKS = {"error": "error", "components": "inspect", "identical": "diff", "fingerprints": "fingerprint"}
 
 
 @functools.cache

@@ -27,7 +27,19 @@ from sdsurgery.cli import app, bars, run
 from sdsurgery.operations import OPERATIONS
 
 OK, MERGED, VAE = FIXTURES / "sd1-ids-ok.safetensors", FIXTURES / "merged.ckpt", FIXTURES / "vae.safetensors"
-COMMANDS = ("inspect", "fix-clip", "merge-vae", "extract", "replace", "prune", "cast", "convert", "diff", "pipe")
+COMMANDS = (
+    "inspect",
+    "fix-clip",
+    "merge-vae",
+    "extract",
+    "replace",
+    "prune",
+    "cast",
+    "convert",
+    "diff",
+    "fingerprint",
+    "pipe",
+)
 
 # The options of each command in the contract, the issue and the pages of `docs/commands`.
 WRITING = {"-o", "--output", "--in-place", "--dry-run", "--json", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
@@ -42,6 +54,7 @@ OPTIONS = {
     "convert": (WRITING - {"-o", "--output", "--in-place"})
     | {"--to", "--dtype", "--variant", "--shard-size", "--ema", "--sidecar", "--config", "--prediction-type"},
     "diff": {"--component", "--explain-with", "--atol", "--stat", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
+    "fingerprint": {"--component", "--register", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
     "pipe": WRITING,
 }
 
@@ -90,7 +103,7 @@ def test_version() -> None:
 
 
 def test_every_operation_is_a_command_and_documented() -> None:
-    assert {*OPERATIONS, "inspect", "diff", "pipe"} == set(COMMANDS) == set(app.sdsurgery.commands)
+    assert {*OPERATIONS, "inspect", "diff", "fingerprint", "pipe"} == set(COMMANDS) == set(app.sdsurgery.commands)
     for name in COMMANDS:
         assert (ROOT / "docs" / "commands" / f"{name}.md").exists()
 

@@ -17,6 +17,7 @@ from ..operations import OPERATIONS
 from ..reports import documents, terminal
 from .convert import convert_command
 from .diff import diff_command
+from .fingerprint import fingerprint_command
 from .fix_clip import fix_clip_command
 from .inspect import inspect_command
 from .pipe import pipe_command
@@ -42,6 +43,7 @@ def sdsurgery() -> None:
 
 sdsurgery.add_command(inspect_command)
 sdsurgery.add_command(diff_command)
+sdsurgery.add_command(fingerprint_command)
 sdsurgery.add_command(fix_clip_command())
 sdsurgery.add_command(convert_command)
 for _operation in OPERATIONS.values():

@@ -8,13 +8,17 @@ from typing import Any, get_args
 
 import click
 
+from ..checkpoint import Checkpoint
 from ..containers import open as open_checkpoint
+from ..inspection import registry
 from ..inspection.diffing import diff
 from ..inspection.explaining import explain
+from ..inspection.fingerprints import fingerprints
 from ..models.configs import NETWORKS
 from ..operations.cast import ComponentName
 from ..reports import diff as report
 from ..reports import documents
+from ..reports.terminal import printable
 from .common import listening
 
 
@@ -53,13 +57,25 @@ def diff_command(one: Path, other: Path, **options: Any) -> int:
         changed = [name for name in NETWORKS if any(change.component == name for change in found.changed)]
         third = asked.third
         explanations = explain(*models, open_checkpoint(third), changed) if third and changed else []
+        known = _known(models[1], changed)
     if asked.as_json:
-        click.echo(documents.text(documents.diff(found, explanations)))
+        click.echo(documents.text(documents.diff(found, explanations, known)))
     elif not asked.quiet:
         names = (one.name, third.name if third else "")
         for line in report.lines(found, explanations, names=names, stat=asked.stat):
             click.echo(line)
+        for component, label in known.items():
+            click.echo(printable(f"the {component} of {other.name} is known as {label}"))
     return 0 if found.identical or (asked.atol is not None and found.within(asked.atol)) else 1
+
+
+def _known(model: Checkpoint, components: list[str]) -> dict[str, str]:
+    """Which of these components the user's registry knows; nothing is read where there is none."""
+    names = registry.load()
+    if not names or not components:
+        return {}
+    labels = ((each.component, registry.known_as(each, names)) for each in fingerprints(model, components))
+    return {component: label for component, label in labels if label}
 
 
 @dataclass(frozen=True, slots=True)

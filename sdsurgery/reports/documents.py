@@ -11,10 +11,11 @@ from typing import Any
 
 from ..checkpoint import Change, Checkpoint
 from ..errors import SurgeryError
-from ..inspection import Inspection
+from ..inspection import Inspection, registry
 from ..inspection.comparing import Statistics
 from ..inspection.diffing import Diff
 from ..inspection.explaining import Explanation
+from ..inspection.fingerprints import Fingerprint
 from ..inspection.hashes import FileHashes
 from ..models.position_ids import Diagnosis
 
@@ -41,7 +42,9 @@ def written(checkpoint: Checkpoint, output: Path | None, dropped: Iterable[Chang
     }
 
 
-def diff(found: Diff, explanations: Iterable[Explanation] = ()) -> dict[str, Any]:
+def diff(
+    found: Diff, explanations: Iterable[Explanation] = (), known: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What ``diff --json`` prints."""
     return {
         "identical": found.identical,
@@ -67,6 +70,15 @@ def diff(found: Diff, explanations: Iterable[Explanation] = ()) -> dict[str, Any
         "not_comparable": [asdict(entry) for entry in found.not_comparable],
         "metadata": [asdict(entry) for entry in found.metadata],
         "explanations": [asdict(entry) | {"exact": entry.exact} for entry in explanations],
+        "known": dict(known or {}),
+    }
+
+
+def fingerprints(found: Iterable[Fingerprint], names: Mapping[str, str], registered: str | None) -> dict[str, Any]:
+    """What ``fingerprint --json`` prints."""
+    return {
+        "fingerprints": [asdict(each) | {"known_as": registry.known_as(each, names)} for each in found],
+        "registered": registered,
     }
 
 
