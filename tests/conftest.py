@@ -32,6 +32,8 @@ from sdsurgery.sources import Computed
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
 
+os.environ["SDSURGERY_REGISTRY"] = os.devnull + "/none"  # nobody's own registry takes part
+
 hypothesis.settings.register_profile("sdsurgery", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("sdsurgery")
 
