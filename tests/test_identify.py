@@ -542,12 +542,25 @@ def test_a_unet_of_unusual_depths_is_known_where_it_explains_every_key() -> None
         assert not report(broken).components["unet"].complete
 
 
-def test_a_single_file_of_unusual_depths() -> None:
-    unet = UNetConfig((1, 1, 0), 1, False, channels=(4, 8, 12), inputs=4, time=16, context=8)
-    rest = {key: shape for key, shape in shapes("sd1").items() if not key.startswith(UNET)}
-    found = report(rest | {UNET + weight.name: weight.shape for weight in walk(unet)})
-    assert found.family == "sd1"
-    assert found.components["unet"].complete
+@pytest.mark.parametrize(
+    ("family", "unet"),
+    [
+        ("sd1", UNetConfig((1, 1, 0), 1, False, channels=(4, 8, 12))),
+        ("sd1", UNetConfig((1, 1, 1, 1, 0), 1, False, channels=(4, 8, 12, 12, 16))),
+        ("sd2", UNetConfig((0, 1), 1, True, channels=(4, 8))),
+        # Most of its names are SDXL's too, of which it has a quarter.
+        ("sdxl", UNetConfig((0, 2), 2, True, vector=True, channels=(4, 8), conditions=28)),
+        ("sdxl-refiner", UNetConfig((0, 4, 0), 4, True, vector=True, channels=(4, 8, 12), conditions=24)),
+    ],
+)
+def test_a_model_of_unusual_depths(family: str, unet: UNetConfig) -> None:
+    unet = replace(unet, inputs=4, time=16, context=8)
+    rest = {key: shape for key, shape in shapes(family).items() if not key.startswith(UNET)}
+    for layout, prefix in (("ldm", UNET), ("diffusers", "")):
+        names = {prefix + weight.name: weight.shape for weight in walk(unet, layout)}  # type: ignore[arg-type]
+        found = report((rest if layout == "ldm" else {}) | names)
+        assert found.family == family
+        assert (found.components["unet"].complete, found.components["unet"].tensors) == (True, len(names))
 
 
 # ---------------------------------------------------------------- junk, markers, completeness

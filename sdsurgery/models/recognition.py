@@ -165,6 +165,13 @@ def unet_structure(place: Place, evidence: list[str]) -> UNetConfig | None:
     kind = "linear" if linear else "convolutional"
     facts = f"{kind} projections, {'a' if vector else 'no'} vector embedding, {'four' if deep else 'less than four'}"
     refusal = f"no family's UNet has {facts} levels"
+    own_names = {name: place.names[name] for name in own}
+    regular = None
+    if family is None or not place.explains(UNETS[family], own_names):
+        regular = _regular_unet(place, linear=linear, vector=vector)
+    if regular:
+        evidence.append(f"a UNet of {len(regular.depths)} levels, no published one, that explains every key")
+        return regular
     if family:
         table = {weight.name for weight in walk(UNETS[family], place.layout)}
         hits = sum(name in table for name in own)
@@ -175,10 +182,6 @@ def unet_structure(place: Place, evidence: list[str]) -> UNetConfig | None:
             f"no family's UNet: {facts} levels, as in {family}, but {len(own) - hits} keys that it doesn't know, and "
             f"{hits} of its {len(table)}"
         )
-    regular = _regular_unet(place, linear=linear, vector=vector)
-    if regular:
-        evidence.append(f"a UNet of {len(regular.depths)} levels, no published one, that explains every key")
-        return regular
     evidence.append(refusal)
     return None
 
