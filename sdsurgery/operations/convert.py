@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from .. import history
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step, Tensor
 from ..dtypes import F32
 from ..errors import UsageError
@@ -144,8 +145,11 @@ class Convert(Operation):
         ]
         notes = [*converted.notes[:1], *map(_companion_note, companions)]
         if not found.changed:
-            facts = {}
             notes.append(Note("with the sidecar it is the original again, bit for bit"))
+            if facts and not _stands_in(found.metadata, facts):
+                message = f"the folder's settings ({', '.join(facts)}) aren't those of the original, which holds none"
+                notes.append(Note(message + ": convert without the sidecar to keep them", "warning"))
+            facts = {}
         else:
             notes += _fact_notes(facts)
             message = f"not the original: its {', '.join(found.changed)} changed since the sidecar was written"
@@ -202,6 +206,12 @@ def _tokens(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return [line for line in content.decode("utf-8", "replace").splitlines() if line and line[:9] != "#version:"]
+
+
+def _stands_in(metadata: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
+    """Whether the last conversion that a file's record tells of kept just these facts."""
+    steps = [step for step in history.recorded(metadata) if step.get("operation") == "convert"]
+    return bool(steps) and all(steps[-1].get(name) == fact for name, fact in facts.items())
 
 
 def _fact_notes(facts: Mapping[str, Any]) -> list[Note]:
