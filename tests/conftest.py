@@ -58,7 +58,13 @@ class Result:
         return document
 
 
-_MARKS = {"error": "error", "components": "inspect", "identical": "diff", "fingerprints": "fingerprint"}
+_MARKS = {
+    "error": "error",
+    "components": "inspect",
+    "identical": "diff",
+    "fingerprints": "fingerprint",
+    "verified": "verify",
+}
 
 
 @functools.cache

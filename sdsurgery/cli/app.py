@@ -20,6 +20,7 @@ from .diff import diff_command
 from .fingerprint import fingerprint_command
 from .fix_clip import fix_clip_command
 from .inspect import inspect_command
+from .manifest import manifest_command, verify_command
 from .pipe import pipe_command
 from .surgery import surgery_command
 
@@ -44,6 +45,8 @@ def sdsurgery() -> None:
 sdsurgery.add_command(inspect_command)
 sdsurgery.add_command(diff_command)
 sdsurgery.add_command(fingerprint_command)
+sdsurgery.add_command(manifest_command)
+sdsurgery.add_command(verify_command)
 sdsurgery.add_command(fix_clip_command())
 sdsurgery.add_command(convert_command)
 for _operation in OPERATIONS.values():

@@ -17,6 +17,7 @@ from ..inspection.diffing import Diff
 from ..inspection.explaining import Explanation
 from ..inspection.fingerprints import Fingerprint
 from ..inspection.hashes import FileHashes
+from ..inspection.manifests import Finding
 from ..models.position_ids import Diagnosis
 
 
@@ -80,6 +81,16 @@ def fingerprints(found: Iterable[Fingerprint], names: Mapping[str, str], registe
         "fingerprints": [asdict(each) | {"known_as": registry.known_as(each, names)} for each in found],
         "registered": registered,
     }
+
+
+def verified(path: Path, findings: Iterable[Finding]) -> dict[str, Any]:
+    """A model that was checked, as ``verify --json`` prints it."""
+    return {"path": str(path), "findings": [asdict(finding) for finding in findings], "error": None}
+
+
+def unverified(path: Path, failure: SurgeryError) -> dict[str, Any]:
+    """A model that could not be checked."""
+    return {"path": str(path), "findings": [], "error": failure.as_json()}
 
 
 def _statistics(found: Statistics | None) -> dict[str, Any]:

@@ -1,0 +1,245 @@
+"""A manifest: what a published model is, file by file and tensor by tensor, and whether a model still is that.
+
+Tensors are listed under their canonical names with a BLAKE3 each, so that a manifest made of a single file verifies the
+diffusers folder made of it, and names the tensor where one bit differs. It holds no date and no path: the same model
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, progress
+from ..checkpoint import Checkpoint
+from ..errors import CorruptError, MismatchError
+from ..models.canonical import Canonical, canonical
+from ..models.identify import identify
+from ..sources import Data, SourceFile, sweep
+
+SCHEMA_VERSION = 1
+_LARGEST = 256 << 20
+_THREADS = 2
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file: its name relative to the model, its size in bytes and its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor.
+
+    Attributes:
+        component: Whose it is.
+        name: Its canonical name.
+        dtype: Of its elements.
+        shape: Its canonical shape, that of diffusers' layout.
+        blake3: Of its bytes in that shape.
+        portable: Whether both layouts can hold it.
+    """
+
+    component: str
+    name: str
+    dtype: str
+    shape: list[int]
+    blake3: str
+    portable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a model is."""
+
+    container: str
+    layout: str
+    family: str
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorEntry, ...]
+
+    def document(self) -> dict[str, Any]:
+        """As ``docs/schemas/manifest.json`` describes it."""
+        return {"schema_version": SCHEMA_VERSION, "generator": f"sdsurgery {__version__}", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that isn't as it should be.
+
+    Attributes:
+        id: Of the check, always the same.
+        message: In words.
+        file: The file that it is about, if one.
+        key: The tensor's key in the model, or where it should be its canonical name.
+        component: Whose.
+        expected: What the manifest says.
+        seen: What the model has.
+    """
+
+    id: str
+    message: str
+    file: str | None = None
+    key: str | None = None
+    component: str | None = None
+    expected: str | None = None
+    seen: str | None = None
+
+
+def manifest(checkpoint: Checkpoint) -> Manifest:
+    """Describe a model; reads each file and each tensor once, both at the same time."""
+    model = identify(checkpoint)
+    items = sorted(canonical(checkpoint, model).values(), key=lambda item: item.identity)
+    files = dict(sorted(_files(checkpoint)))
+    total = sum(data.nbytes for data in files.values()) + sum(item.tensor.nbytes for item in items)
+    with progress.task(f"reading {len(items)} tensors", total) as advance, ThreadPoolExecutor(_THREADS) as pool:
+        whole = [pool.submit(_sha256, data) for data in files.values()]
+        single = [pool.submit(_entry, item) for item in items]
+        tensors = []
+        for item, future in zip(items, single, strict=True):
+            tensors.append(future.result())
+            advance(item.tensor.nbytes)
+        listed = []
+        for (name, data), digest in zip(files.items(), whole, strict=True):
+            listed.append(FileEntry(name, data.nbytes, digest.result()))
+            advance(data.nbytes)
+    container = checkpoint.origin.container if checkpoint.origin else "memory"
+    return Manifest(container, model.layout, model.family, tuple(listed), tuple(tensors))
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, Data]]:
+    """The files of a model by name; of a folder also configs and tokenizers, but not what it isn't made of."""
+    from ..sources import FileSlice
+
+    origin = checkpoint.origin
+    if origin and origin.file:
+        yield origin.file.path.name, FileSlice(origin.file, 0, origin.file.size)
+    if checkpoint.folder:
+        yield from checkpoint.folder.files.items()
+        yield from checkpoint.folder.indexes.items()
+        for weights in checkpoint.folder.weights:
+            file = weights.checkpoint.origin.file if weights.checkpoint.origin else None
+            if file:
+                yield weights.name, FileSlice(file, 0, file.size)
+
+
+def _sha256(data: Data) -> str:
+    digest = hashlib.sha256()
+    for piece in sweep((data,), _CHUNK):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _entry(item: Canonical) -> TensorEntry:
+    from blake3 import blake3
+
+    digest = blake3()
+    for piece in sweep((item.tensor.data,), _CHUNK):
+        digest.update(piece)
+    tensor = item.tensor
+    return TensorEntry(
+        item.component, item.name, tensor.dtype.name, list(tensor.shape), digest.hexdigest(), item.portable
+    )
+
+
+def read(path: Path) -> Manifest:
+    """A manifest from a file.
+
+    Raises:
+        CorruptError: If it is none.
+    """
+    file = SourceFile(path)
+    remedy = "name a file that sdsurgery manifest wrote"
+    if file.size > _LARGEST:
+        raise CorruptError("it is too large for a manifest", file=path, remedy=remedy)
+    try:
+        document = json.loads(file.read(0, file.size))
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise CorruptError("it is a manifest of another version", file=path, remedy=remedy)
+        found = Manifest(
+            container=str(document["container"]),
+            layout=str(document["layout"]),
+            family=str(document["family"]),
+            files=tuple(FileEntry(**entry) for entry in document["files"]),
+            tensors=tuple(TensorEntry(**entry) for entry in document["tensors"]),
+        )
+        sound = all(
+            isinstance(value, str)
+            for tensor in found.tensors
+            for value in (tensor.component, tensor.name, tensor.dtype, tensor.blake3)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptError("it is no manifest", file=path, remedy=remedy) from error
+    finally:
+        file.close()
+    if not sound or len({(tensor.component, tensor.name) for tensor in found.tensors}) < len(found.tensors):
+        raise CorruptError("it is no manifest: its list of tensors makes no sense", file=path, remedy=remedy)
+    return found
+
+
+def verify(checkpoint: Checkpoint, wanted: Manifest) -> list[Finding]:
+    """What of a model isn't as a manifest says; in another layout, what that layout can hold.
+
+    Raises:
+        MismatchError: If the manifest lists nothing that could be compared.
+    """
+    seen = manifest(checkpoint)
+    across = seen.layout != wanted.layout
+    expected = {(entry.component, entry.name): entry for entry in wanted.tensors if entry.portable or not across}
+    there = {(entry.component, entry.name): entry for entry in seen.tensors if entry.portable or not across}
+    if not expected:
+        raise MismatchError("the manifest has nothing that this layout holds", file=checkpoint.path)
+    keys = {item.identity: item.key for item in canonical(checkpoint, identify(checkpoint)).values()}
+    found = list(_tensor_findings(expected, there, keys))
+    if not across and seen.container == wanted.container:
+        found += _file_findings(wanted.files, seen.files, alone=len(wanted.files) == 1 == len(seen.files))
+    return found
+
+
+def _tensor_findings(
+    expected: Mapping[tuple[str, str], TensorEntry],
+    there: Mapping[tuple[str, str], TensorEntry],
+    keys: Mapping[tuple[str, str], str],
+) -> Iterator[Finding]:
+    for identity, entry in expected.items():
+        component, name = identity
+        seen = there.get(identity)
+        if seen is None:
+            yield Finding("tensor-missing", f"{name} of the {component} is missing", key=name, component=component)
+        elif (seen.dtype, seen.shape) != (entry.dtype, entry.shape):
+            was, now = f"{entry.dtype}{entry.shape}", f"{seen.dtype}{seen.shape}"
+            message = f"{keys[identity]} is {now} and should be {was}"
+            yield Finding("tensor-type", message, None, keys[identity], component, was, now)
+        elif seen.blake3 != entry.blake3:
+            message = f"{keys[identity]} has other values"
+            yield Finding("tensor-changed", message, None, keys[identity], component, entry.blake3, seen.blake3)
+    for identity in there.keys() - expected.keys():
+        message = f"{keys[identity]} isn't in the manifest"
+        yield Finding("tensor-added", message, key=keys[identity], component=identity[0])
+
+
+def _file_findings(wanted: Sequence[FileEntry], seen: Sequence[FileEntry], *, alone: bool) -> Iterator[Finding]:
+    """Files by name; a single file may be called otherwise."""
+    there = {entry.name: entry for entry in seen}
+    for entry in wanted:
+        file = seen[0] if alone else there.get(entry.name)
+        if file is None:
+            yield Finding("file-missing", f"{entry.name} is missing", file=entry.name)
+        elif file.sha256 != entry.sha256:
+            message = f"{file.name} has another SHA-256"
+            yield Finding("file-changed", message, file.name, None, None, entry.sha256, file.sha256)
+    if not alone:
+        names = {entry.name for entry in wanted}
+        for entry in seen:
+            if entry.name not in names:
+                yield Finding("file-added", f"{entry.name} isn't in the manifest", file=entry.name)
