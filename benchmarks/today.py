@@ -57,6 +57,68 @@ def to_file(source: str, target: str) -> None:
     save_file(state, target, metadata={"format": "pt"})
 
 
+def diff(one: str, other: str) -> None:
+    """The figures of ``diff`` on two safetensors files of halves: mapped, in pieces, by two threads."""
+    import json
+    import struct
+
+    import numpy as np
+
+    def opened(path: str) -> tuple[dict, int, np.ndarray]:
+        with open(path, "rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        return entries, 8 + length, np.memmap(path, mode="r")
+
+    (left, start, raw), (right, begin, other_raw) = opened(one), opened(other)
+
+    def compare(key: str) -> list[float]:
+        (a, b), (c, d) = left[key]["data_offsets"], right[key]["data_offsets"]
+        kind = np.float16 if left[key]["dtype"] == "F16" else np.uint8
+        x, y = raw[start + a : start + b].view(kind), other_raw[begin + c : begin + d].view(kind)
+        found = [0.0] * 7
+        for place in range(0, x.size, 1 << 18):
+            p, q = x[place : place + (1 << 18)], y[place : place + (1 << 18)]
+            found[6] += np.count_nonzero(p != q)
+            p, q = p.astype(np.float32), q.astype(np.float32)
+            gap = p - q
+            found[0] = max(found[0], np.abs(gap).max())
+            found[1] += np.abs(gap).sum(dtype=np.float64)
+            for slot, (u, v) in enumerate(((gap, gap), (p, p), (q, q), (p, q)), start=2):
+                found[slot] += np.dot(u, v)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        print(len(list(pool.map(compare, left))))
+
+
+def digests(path: str) -> None:
+    """The digests of ``manifest``, mapped: SHA-256 of the file and BLAKE3 of each tensor, in a thread each."""
+    import hashlib
+    import json
+    import mmap
+    import struct
+
+    import blake3
+
+    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)
+        length = struct.unpack("<Q", view[:8])[0]
+        entries = json.loads(bytes(view[8 : 8 + length]))
+        entries.pop("__metadata__", None)
+        start = 8 + length
+
+        def tensors() -> int:
+            places = (entry["data_offsets"] for entry in entries.values())
+            return len([blake3.blake3(view[start + a : start + b]).hexdigest() for a, b in places])
+
+        with ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(lambda: hashlib.sha256(view).hexdigest())
+            print(pool.submit(tensors).result(), whole.result())
+        view.release()
+
+
 def hashes(path: str) -> None:
     """The digests of ``inspect --hash``, each in a thread over the mapped file."""
     import hashlib
@@ -84,4 +146,6 @@ def hashes(path: str) -> None:
 
 
 if __name__ == "__main__":
-    {"fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file}[sys.argv[1]](*sys.argv[2:])
+    {"fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file, "diff": diff, "digests": digests}[
+        sys.argv[1]
+    ](*sys.argv[2:])

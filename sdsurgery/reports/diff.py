@@ -84,9 +84,10 @@ def _how(change: Changed) -> str:
     if found is None:
         return f"{types}: {_WORDS[change.comparison.kind]}"
     special = f", {found.special} NaN or Inf" if found.special else ""
+    share = f"{found.share:.1%}" if found.share >= 0.001 else f"{found.share:.2g}"
     return (
         f"{types}: {_WORDS[change.comparison.kind]}, max {found.max_abs:.3g}, mean {found.mean_abs:.3g}, relative L2 "
-        f"{found.relative_l2:.3g}, cosine {found.cosine:.6f}, {found.share:.1%} of elements{special}"
+        f"{found.relative_l2:.3g}, cosine {found.cosine:.6f}, {share} of elements{special}"
     )
 
 
