@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
+
 HERE = Path(__file__).resolve().parent
 SDSURGERY = [sys.executable, "-m", "sdsurgery"]
 
@@ -109,11 +111,21 @@ def make(folder: Path, family: str, dtype: str, name: str, *options: str) -> Pat
     return path
 
 
-def report(entries: Iterable[Race], rounds: int, only: tuple[str, ...]) -> None:
-    """Run the races and print their tables in Markdown."""
-    for entry in entries:
-        if only and not any(word in entry.name for word in only):
-            continue
-        print(f"\n**{entry.name}** ({rounds} rounds)\n")
-        print("| | median | range | ratio | peak memory |\n|---|---|---|---|---|")
-        print("\n".join(race(entry, rounds)), flush=True)
+def command(races: Callable[[Path], Iterable[Race]]) -> click.Command:
+    """The command of a benchmark, which runs its races and prints their tables in Markdown."""
+
+    @click.command()
+    @click.argument("folder", type=click.Path(path_type=Path))
+    @click.option("--rounds", default=5, show_default=True)
+    @click.option("--only", multiple=True, help="Only races whose name contains this.")
+    def main(folder: Path, rounds: int, only: tuple[str, ...]) -> None:
+        """Run the races and print their tables in Markdown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in races(folder):
+            if only and not any(word in entry.name for word in only):
+                continue
+            print(f"\n**{entry.name}** ({rounds} rounds)\n")
+            print("| | median | range | ratio | peak memory |\n|---|---|---|---|---|")
+            print("\n".join(race(entry, rounds)), flush=True)
+
+    return main

@@ -11,8 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import click
-from racing import SDSURGERY, Contender, Race, make, report, today
+from racing import SDSURGERY, Contender, Race, command, make, today
 
 
 def races(folder: Path) -> list[Race]:
@@ -44,15 +43,5 @@ def races(folder: Path) -> list[Race]:
     ]  # fmt: skip
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--only", multiple=True, help="Only races whose name contains this.")
-def main(folder: Path, rounds: int, only: tuple[str, ...]) -> None:
-    """Run the races and print their tables in Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report(races(folder), rounds, only)
-
-
 if __name__ == "__main__":
-    main()
+    command(races)()
