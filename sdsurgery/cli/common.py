@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -20,12 +20,20 @@ from ..containers.patching import patch_in_place
 from ..containers.saving import SUFFIXES, check_target, losses, target_container
 from ..errors import OutputError, OutputExistsError, SurgeryError, UsageError
 from ..operations import Operation
+from ..operations.cast import ComponentName
 from ..reports import documents, terminal
 from .bars import Bars
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
+COMPONENTS = click.option(
+    "--component",
+    "components",
+    multiple=True,
+    type=click.Choice(get_args(ComponentName)),
+    help="Only this component; may be given several times.",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -15,23 +15,16 @@ from ..inspection.diffing import diff
 from ..inspection.explaining import explain
 from ..inspection.fingerprints import fingerprints
 from ..models.configs import NETWORKS
-from ..operations.cast import ComponentName
 from ..reports import diff as report
 from ..reports import documents
 from ..reports.terminal import printable
-from .common import listening
+from .common import COMPONENTS, listening
 
 
 @click.command("diff")
 @click.argument("one", metavar="A", type=click.Path(path_type=Path))
 @click.argument("other", metavar="B", type=click.Path(path_type=Path))
-@click.option(
-    "--component",
-    "components",
-    multiple=True,
-    type=click.Choice(get_args(ComponentName)),
-    help="Only this component; may be given several times.",
-)
+@COMPONENTS
 @click.option(
     "--explain-with",
     "third",

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import click
 
 from ..containers import open as open_checkpoint
 from ..inspection import registry
 from ..inspection.fingerprints import fingerprints
-from ..operations.cast import ComponentName
 from ..reports import documents
 from ..reports.terminal import printable
-from .common import MODEL, listening
+from .common import COMPONENTS, MODEL, listening
 
 
 @click.command("fingerprint")
 @MODEL
-@click.option(
-    "--component",
-    "components",
-    multiple=True,
-    type=click.Choice(get_args(ComponentName)),
-    help="Only this component; may be given several times.",
-)
+@COMPONENTS
 @click.option("--register", "name", metavar="NAME", help="Remember the components by this name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
