@@ -17,7 +17,7 @@ from ..checkpoint import Change, Checkpoint
 from ..containers import open as open_checkpoint
 from ..containers import save
 from ..containers.patching import patch_in_place
-from ..containers.saving import SUFFIXES, check_target, losses, target_container
+from ..containers.saving import beside, check_target, losses, target_container
 from ..errors import OutputError, OutputExistsError, SurgeryError, UsageError
 from ..operations import Operation
 from ..operations.cast import ComponentName
@@ -92,7 +92,12 @@ def listening(*, quiet: bool) -> Iterator[None]:
 
 
 def perform(model: Path, operations: Sequence[Operation], options: WriteOptions, *, label: str) -> None:
-    """Open the model, apply the operations, write the result where the options say, and report it.
+    """Apply the operations to a model, write the result where the options say, and report it."""
+    carry_out(model, operations, options, label=label).print()
+
+
+def carry_out(model: Path, operations: Sequence[Operation], options: WriteOptions, *, label: str) -> Report:
+    """Open the model, apply the operations, write the result where the options say, and tell what was done.
 
     Without ``-o`` and ``--in-place`` it goes to ``NAME.label.safetensors``, or the folder ``NAME.label``, and only if
     something changed. A dry run does and refuses all that a real one would, up to the first byte written.
@@ -127,8 +132,7 @@ def perform(model: Path, operations: Sequence[Operation], options: WriteOptions,
                 lost, nbytes = (), target.stat().st_size
             else:
                 nbytes = save(result, target, force=options.force, in_place=options.in_place).nbytes
-    report = Report(result, lost if writes else (), target, nbytes, writes=writes, options=options)
-    report.print()
+    return Report(result, lost if writes else (), target, nbytes, writes=writes, options=options)
 
 
 def refuse_output(output: Path, options: WriteOptions) -> None:
@@ -203,11 +207,3 @@ class Report:
             click.echo(f"dry run: {self.target} would be written")
         else:
             click.echo(f"wrote {self.target} ({terminal.human_bytes(self.nbytes)})")
-
-
-def beside(model: Path, label: str, *, folder: bool = False) -> Path:
-    """``NAME.label.safetensors`` beside the model, or the folder ``NAME.label``: what a command chooses by itself."""
-    if model.name in {"", ".."}:
-        model = model.resolve()
-    stem = model.name.removesuffix(model.suffix) if model.suffix.lower() in SUFFIXES else model.name
-    return model.with_name(f"{stem}.{label}" + ("" if folder else ".safetensors"))

@@ -19,7 +19,7 @@ from .surgery import command
 _CHECK = click.option("--check", is_flag=True, help="Only diagnose: exit 0 when nothing needs mending, 1 otherwise.")
 
 
-def fix_clip_command() -> click.Command:
+def fix_clip_command(_name: str) -> click.Command:
     """``fix-clip MODEL``."""
 
     @write_options()

@@ -27,7 +27,7 @@ class _PipeCommand(click.Command):
         return [*super().collect_usage_pieces(ctx), "OPERATION [ARGS]...", "[+ OPERATION [ARGS]...]..."]
 
 
-def pipe_command() -> click.Command:
+def pipe_command(_name: str) -> click.Command:
     """``pipe MODEL -o OUT operation + operation + ...``."""
 
     @click.command("pipe", cls=_PipeCommand)
@@ -56,10 +56,11 @@ def _operations(context: click.Context, words: list[str], options: WriteOptions)
             segments.append([])
         else:
             segments[-1].append(word)
-    return [_operation(context, segment, options) for segment in segments]
+    return [parsed_operation(context, segment, options) for segment in segments]
 
 
-def _operation(context: click.Context, segment: list[str], options: WriteOptions) -> Operation:
+def parsed_operation(context: click.Context, segment: list[str], options: WriteOptions) -> Operation:
+    """The operation that words of a command line name."""
     if not segment:
         raise UsageError("an operation is missing", remedy=f"name one of {', '.join(OPERATIONS)}")
     name, *arguments = segment

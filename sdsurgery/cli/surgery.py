@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 
 from ..errors import UsageError
-from ..operations import Operation
+from ..operations import OPERATIONS, Operation
 from ..operations.base import Declared
 from .common import MODEL, WriteOptions, perform, write_options
 
@@ -20,8 +20,9 @@ _SHARED = {"force"}
 """Fields that are set by an option that every command has."""
 
 
-def surgery_command(operation: type[Operation]) -> click.Command:
+def surgery_command(name: str) -> click.Command:
     """``NAME MODEL [...]``: apply one operation and write the result."""
+    operation = OPERATIONS[name]
 
     def callback(model: Path, options: WriteOptions, **values: Any) -> None:
         made = build(operation, values, options)

@@ -197,6 +197,14 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place:
         raise taken(target)
 
 
+def beside(model: Path, label: str, *, folder: bool = False) -> Path:
+    """``NAME.label.safetensors`` beside the model, or the folder ``NAME.label``: an output that nobody names."""
+    if model.name in {"", ".."}:
+        model = model.resolve()
+    stem = model.name.removesuffix(model.suffix) if model.suffix.lower() in SUFFIXES else model.name
+    return model.with_name(f"{stem}.{label}" + ("" if folder else ".safetensors"))
+
+
 def taken(target: Path) -> OutputExistsError:
     """The refusal to replace without being told to."""
     return OutputExistsError("it exists already", file=target, remedy="use --force, or choose another name with -o")

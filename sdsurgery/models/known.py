@@ -18,7 +18,12 @@ from ..sources import SourceFile
 from .configs import documents
 from .identify import Model
 
-_ARCHITECTURES = {"stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl-v1": "sdxl"}
+_ARCHITECTURES = {
+    "stable-diffusion-v1": "sd1",
+    "stable-diffusion-v2": "sd2",
+    "stable-diffusion-xl-v1-refiner": "sdxl-refiner",
+    "stable-diffusion-xl-v1": "sdxl",
+}
 VAE_FAMILY = "vae_family"
 """The fact that a step records when it brings in a VAE whose family is known."""
 
@@ -76,6 +81,13 @@ def latent_space(family: str) -> str | None:
     return _LATENT_SPACES.get(family)
 
 
+def family_of_architecture(architecture: str) -> str | None:
+    """The family that ModelSpec's ``architecture`` names, such as ``stable-diffusion-v1/vae``."""
+    name = architecture.partition("/")[0]
+    matches = (family for prefix, family in _ARCHITECTURES.items() if name.startswith(prefix))
+    return next(matches, None)
+
+
 def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
     """Whose VAE it is, as far as can be told: by its config, the model around it, its record, or its file's hash."""
     stated = documents(checkpoint)
@@ -92,10 +104,10 @@ def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
         return Provenance(family, "its metadata tell where it was extracted from")
     if model.base_family != "unknown":
         return Provenance(model.base_family, f"it lies in a model of {model.family}")
-    architecture = checkpoint.metadata.get("modelspec.architecture", "").partition("/")[0]
-    for prefix, told in _ARCHITECTURES.items():
-        if architecture.startswith(prefix):
-            return Provenance(told, f"its metadata say {architecture}")
+    architecture = checkpoint.metadata.get("modelspec.architecture", "")
+    told = family_of_architecture(architecture)
+    if told:
+        return Provenance(told, f"its metadata say {architecture.partition('/')[0]}")
     known = known_file(checkpoint.origin.file) if checkpoint.origin and checkpoint.origin.file else None
     return Provenance(known.family, f"it is {known.name}", known.sha256) if known else Provenance()
 

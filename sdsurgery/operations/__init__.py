@@ -5,10 +5,11 @@ from .cast import Cast
 from .convert import Convert, sidecar_of
 from .fix_clip import FixClip
 from .grafts import Extract, MergeVae, Replace
+from .metadata import Metadata
 from .prune import Prune
 
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.name: operation for operation in (FixClip, MergeVae, Extract, Replace, Prune, Cast, Convert)
+    operation.name: operation for operation in (FixClip, MergeVae, Extract, Replace, Prune, Cast, Metadata, Convert)
 }
 """Every operation by the name that the command line and the records use."""
 
@@ -19,6 +20,7 @@ __all__ = [
     "Extract",
     "FixClip",
     "MergeVae",
+    "Metadata",
     "Operation",
     "Param",
     "Prune",

@@ -11,11 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from .. import history
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step
+from ..containers.folders import is_lone
 from ..errors import UsageError
 from ..models import sidecar as sidecars
 from ..models.configs import MAX_DOCUMENT
 from ..models.conversion import Converted, convertible, from_diffusers, from_ldm, renamed_to_current
 from ..models.folder_files import FolderFiles
+from ..models.folder_repair import completed, missing_files
 from ..models.identify import Model, identify
 from ..models.single_file import mark, unheld_settings, webui_config
 from ..models.stated import Stated, of_folder_files, stated_about
@@ -94,8 +96,10 @@ class Convert(Operation):
             files = FolderFiles(checkpoint, model, stated)
             folder = Folder({name: InMemory(content) for name, content in files.files().items()})
             notes = [*files.notes, Note(f"written beside the weights: {', '.join(sorted(folder.files))}")]
-        elif not converted.changes:
-            notes = [Note("it is in diffusers' layout already")]
+        else:
+            folder, notes = _completed(checkpoint, model, changes)
+            if not converted.changes and not changes:
+                notes = [Note("it is in diffusers' layout already")]
         return self._result(checkpoint, converted, changes, notes, folder=folder)
 
     def _to_ldm(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
@@ -175,6 +179,21 @@ class Convert(Operation):
             facts=facts or {},
         )
         return without_aside(checkpoint).evolve(converted.tensors, step, **fields)
+
+
+def _completed(checkpoint: Checkpoint, model: Model, changes: list[Change]) -> tuple[Folder | None, list[Note]]:
+    """The folder with the configs and tokenizer files that it lacks."""
+    folder = checkpoint.folder
+    if folder is None or is_lone(checkpoint) or model.family == "unknown":
+        return folder, []
+    missing, notes = missing_files(checkpoint, model)
+    for each in missing:
+        if each.content is None:
+            notes.append(Note(f"{each.name} is missing, and isn't CLIP's", "warning", each.name))
+        else:
+            was = f"{folder.files[each.name].nbytes:,} bytes" if each.name in folder.files else None
+            changes.append(Change(each.name, "replaced" if was else "added", was, f"{len(each.content):,} bytes"))
+    return replace(folder, files=completed(folder.files, missing)), notes
 
 
 def _files_that_go(checkpoint: Checkpoint, files: FolderFiles) -> tuple[list[Change], list[Note]]:

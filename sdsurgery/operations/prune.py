@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from ..checkpoint import Change, ChangeKind, Checkpoint, Note, Step, Tensor
 from ..errors import MismatchError
-from ..models.components import TRAINING_PREFIXES, ema_name
-from ..models.identify import VAE_PREFIX, Model, identify
+from ..models.components import ema_name
+from ..models.identify import Model, identify
+from ..models.leftovers import Group, training_groups, unknown_keys
 from .base import Operation, Param
 from .grafts import same_bytes, without_aside
-
-Group = Literal["ema", "schedule", "training"]
 
 
 @dataclass(frozen=True)
 class Prune(Operation):
     """Drop what only training needs: EMA weights, schedule buffers, losses, optimizer state and non-tensors.
 
-    Anything that isn't recognised stays, and so do marker tensors such as v_pred.
+    Anything that isn't recognised stays unless --unknown is given, and so do marker tensors such as v_pred.
     """
 
     name: ClassVar[str] = "prune"
 
     ema: Annotated[bool, Param("Use the EMA weights as the UNet before they are dropped.")] = False
     keep: Annotated[tuple[Group, ...], Param("Keep this group; may be given several times.")] = ()
+    unknown: Annotated[bool, Param("Drop keys that the model's family doesn't have, too.")] = False
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """See :class:`Prune`."""
@@ -35,7 +34,8 @@ class Prune(Operation):
         if self.ema:
             changes += take_ema(checkpoint, model, tensors)
         notes = []
-        for group, keys in _groups(checkpoint, model):
+        groups = [*training_groups(checkpoint, model), *([("unknown", unknown_keys(model))] if self.unknown else [])]
+        for group, keys in groups:
             if group in self.keep or not keys:
                 continue
             freed = sum(checkpoint[key].nbytes for key in keys)
@@ -49,15 +49,6 @@ class Prune(Operation):
         if not changes:
             notes.append(Note("nothing to prune"))
         return result.evolve(tensors, Step(self.name, self.parameters(), tuple(changes), tuple(notes)))
-
-
-def _groups(checkpoint: Checkpoint, model: Model) -> Iterator[tuple[Group, list[str]]]:
-    for name in ("ema", "schedule"):
-        component = model.components.get(name)
-        keys = set(component.all_keys()) if component else set()
-        yield name, [key for key in checkpoint if key in keys]
-    prefixes = tuple(model.wrapper + prefix for prefix in (*TRAINING_PREFIXES, VAE_PREFIX + "loss."))
-    yield "training", [key for key in checkpoint if key.startswith(prefixes)]
 
 
 def take_ema(checkpoint: Checkpoint, model: Model, tensors: dict[str, Tensor]) -> list[Change]:
