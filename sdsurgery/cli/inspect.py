@@ -19,6 +19,9 @@ from .common import MODEL, listening
 @click.option(
     "--hash", "hashes", is_flag=True, help="Add SHA-256, AutoV1, AutoV2, AutoV3, CRC32 and BLAKE3, in one read."
 )
+@click.option(
+    "--known", "with_known", is_flag=True, help="Tell which components are known, by your registry or by their figures."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -27,14 +30,15 @@ def inspect_command(
     *,
     tensors: bool,
     hashes: bool,
+    with_known: bool,
     as_json: bool,
     quiet: bool,
-    debug: bool,  # noqa: ARG001 - read by run()
+    **_: bool,  # --debug, which run() reads
 ) -> None:
     """Tell what a checkpoint holds, from its header.
 
     Container, layout, family, components and how complete they are, position ids, metadata and history. Without
-    --hash no weight is read.
+    --hash and --known no weight is read.
     """
     checkpoint = open_checkpoint(model)
     found = inspect(checkpoint)
@@ -46,10 +50,16 @@ def inspect_command(
 
         with listening(quiet=quiet):
             computed = hash_file(checkpoint.origin.file, checkpoint.origin.data_offset)
+    recognised = None
+    if with_known:
+        from ..inspection.known_components import known
+
+        with listening(quiet=quiet):
+            recognised = known(checkpoint)
     if as_json:
-        document = documents.inspection(found, computed, with_tensors=tensors)
+        document = documents.inspection(found, computed, recognised, with_tensors=tensors)
         click.echo(documents.text(document))
         return
     from ..reports.inspection import show
 
-    show(found, computed, with_tensors=tensors)
+    show(found, computed, recognised, with_tensors=tensors)

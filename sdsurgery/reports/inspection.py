@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,10 +15,19 @@ from ..inspection import ComponentReport, Inspection
 from ..inspection.hashes import FileHashes
 from .terminal import human_bytes, printable
 
+if TYPE_CHECKING:
+    from ..inspection.known_components import Known
+
 _SHOWN = 8
 
 
-def show(found: Inspection, hashes: FileHashes | None, *, with_tensors: bool) -> None:
+def show(
+    found: Inspection,
+    hashes: FileHashes | None,
+    known: Mapping[str, Sequence[Known]] | None = None,
+    *,
+    with_tensors: bool,
+) -> None:
     """Print an inspection to stdout."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(printable(found.path), style="bold"))
@@ -34,6 +43,8 @@ def show(found: Inspection, hashes: FileHashes | None, *, with_tensors: bool) ->
     _faults(console, found)
     console.print(Text.assemble("position ids: ", _position_ids(found)))
     _metadata(console, found)
+    if known:
+        _known(console, known)
     if hashes:
         _columns(console, ((name, value or "-") for name, value in asdict(hashes).items()))
     if with_tensors:
@@ -130,6 +141,22 @@ def _metadata(console: Console, found: Inspection) -> None:
         changes = ", ".join(f"{count} {kind}" for kind, count in _mapping(step.get("changes")).items())
         given = "".join(f" {name}={value}" for name, value in _mapping(step.get("parameters")).items())
         console.print(Text(printable(f"history {step.get('operation')}{given}: {changes}")))
+
+
+def _known(console: Console, known: Mapping[str, Sequence[Known]]) -> None:
+    from ..inspection.known_components import publisher
+
+    for component, entries in known.items():
+        if not entries:
+            console.print(Text(f"{component} is not known", style="dim"))
+        for entry in entries:
+            line = f"{component} is known as {entry.name}{'' if entry.exact else ', rounded to fp16'} (your registry)"
+            if entry.by == "published figure":
+                line = (
+                    f"{component} matches the figure published for {entry.name} by {publisher()}: {entry.figure}; "
+                    "evidence and no proof, for the figure is no hash"
+                )
+            console.print(Text(printable(line)))
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
