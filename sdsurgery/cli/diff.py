@@ -16,7 +16,7 @@ from ..inspection.explaining import explain
 from ..inspection.fingerprints import fingerprints
 from ..models.configs import NETWORKS
 from ..reports import diff as report
-from ..reports import documents
+from ..reports import documents, files
 from ..reports.terminal import printable
 from .common import COMPONENTS, listening
 
@@ -34,6 +34,13 @@ from .common import COMPONENTS, listening
 )
 @click.option("--atol", type=click.FloatRange(min=0), help="Differences up to this count as none, for the exit code.")
 @click.option("--stat", is_flag=True, help="Only the summary, a line a component.")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write a report as one HTML file, with a picture of where the change lies.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing; the exit code tells.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -44,13 +51,21 @@ def diff_command(one: Path, other: Path, **options: Any) -> int:
     0 equal in everything that both layouts hold, 1 different.
     """
     asked = _Options(**options)
+    third = asked.third
+    if asked.page:
+        files.refuse(asked.page, [one, other, *([third] if third else [])], "html")
     with listening(quiet=asked.quiet):
         models = open_checkpoint(one), open_checkpoint(other)
         found = diff(*models, asked.components)
         changed = [name for name in NETWORKS if any(change.component == name for change in found.changed)]
-        third = asked.third
         explanations = explain(*models, open_checkpoint(third), changed) if third and changed else []
         known = _known(models[1], changed)
+    if asked.page:
+        from ..reports import html
+
+        names = html.bare(one), html.bare(other)
+        text = html.diff_page(found, names, explanations, third=html.bare(third) if third else "", known=known)
+        files.write(asked.page, text)
     if asked.as_json:
         click.echo(documents.text(documents.diff(found, explanations, known)))
     elif not asked.quiet:
@@ -59,6 +74,8 @@ def diff_command(one: Path, other: Path, **options: Any) -> int:
             click.echo(line)
         for component, label in known.items():
             click.echo(printable(f"the {component} of {other.name} is known as {label}"))
+        if asked.page:
+            click.echo(printable(f"wrote {asked.page}"))
     return 0 if found.identical or (asked.atol is not None and found.within(asked.atol)) else 1
 
 
@@ -79,6 +96,7 @@ class _Options:
     third: Path | None
     atol: float | None
     stat: bool
+    page: Path | None
     as_json: bool
     quiet: bool
     debug: bool

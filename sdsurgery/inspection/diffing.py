@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from .. import progress
 from ..checkpoint import Checkpoint
@@ -13,6 +14,8 @@ from ..errors import MismatchError
 from ..models.canonical import Canonical, canonical
 from ..models.identify import Model, identify
 from .comparing import Comparison, compare
+
+Fate = Literal["equal", "changed", "removed", "added"]
 
 _THREADS = 2
 """Reading and NumPy let others run; more than two threads wait for the memory."""
@@ -82,6 +85,7 @@ class Diff:
         removed: What only the first has.
         not_comparable: What only one has because the other's layout can't hold it.
         metadata: Keys whose values differ.
+        fates: What became of every tensor that was or could have been compared, by component and canonical name.
     """
 
     families: tuple[str, str]
@@ -93,6 +97,7 @@ class Diff:
     removed: tuple[OneSided, ...]
     not_comparable: tuple[OneSided, ...]
     metadata: tuple[MetadataChange, ...]
+    fates: Mapping[tuple[str, str], Fate] = field(default_factory=dict)
 
     @property
     def identical(self) -> bool:
@@ -138,6 +143,12 @@ def diff(one: Checkpoint, other: Checkpoint, components: Collection[str] = ()) -
         texts = str(before.tensor), str(after.tensor)
         changed.append(Changed(before.key, after.key, *identity, *texts, comparison))
     across = models[0].layout != models[1].layout
+    fates: dict[tuple[str, str], Fate] = {
+        identity: "equal" if comparison.kind == "equal" else "changed"
+        for identity, comparison in zip(shared, comparisons, strict=True)
+    }
+    fates |= {item.identity: "removed" for item in _alone(ours, theirs) if item.portable or not across}
+    fates |= {item.identity: "added" for item in _alone(theirs, ours) if item.portable or not across}
     removed, lost = _one_sided(ours, theirs, across=across)
     added, made = _one_sided(theirs, ours, across=across)
     return Diff(
@@ -150,6 +161,7 @@ def diff(one: Checkpoint, other: Checkpoint, components: Collection[str] = ()) -
         removed=removed,
         not_comparable=(*lost, *made),
         metadata=tuple(_metadata(one.metadata, other.metadata)),
+        fates=fates,
     )
 
 
@@ -180,10 +192,14 @@ def _one_sided(
     here: Mapping[tuple[str, str], Canonical], there: Mapping[tuple[str, str], Canonical], *, across: bool
 ) -> tuple[tuple[OneSided, ...], tuple[OneSided, ...]]:
     """What only this side has: of that, what the other's layout could hold, and what it couldn't."""
-    alone = [item for identity, item in here.items() if identity not in there]
+    alone = _alone(here, there)
     could = [item for item in alone if item.portable or not across]
     couldnt = [item for item in alone if across and not item.portable]
     return tuple(map(_side, could)), tuple(map(_side, couldnt))
+
+
+def _alone(here: Mapping[tuple[str, str], Canonical], there: Mapping[tuple[str, str], Canonical]) -> list[Canonical]:
+    return [item for identity, item in here.items() if identity not in there]
 
 
 def _side(item: Canonical) -> OneSided:
