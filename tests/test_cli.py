@@ -35,6 +35,7 @@ COMMANDS = (
     "replace",
     "prune",
     "cast",
+    "metadata",
     "convert",
     "diff",
     "fingerprint",
@@ -46,19 +47,24 @@ COMMANDS = (
 # The options of each command in the contract, the issue and the pages of `docs/commands`.
 WRITING = {"-o", "--output", "--in-place", "--dry-run", "--json", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
 OPTIONS = {
-    "inspect": {"--tensors", "--hash", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
+    "inspect": {"--tensors", "--hash", "--known", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
     "fix-clip": WRITING | {"--target", "--reference", "--check"},
     "merge-vae": WRITING | {"--dtype"},
     "extract": WRITING | {"--component", "--keep-prefix"},
     "replace": WRITING | {"--component", "--from", "--dtype"},
-    "prune": WRITING | {"--ema", "--keep"},
+    "prune": WRITING | {"--ema", "--keep", "--unknown"},
     "cast": WRITING | {"--component", "--on-overflow"},
+    "metadata": WRITING | {"--set", "--drop"},
     "convert": (WRITING - {"-o", "--output", "--in-place"})
     | {"--to", "--dtype", "--variant", "--shard-size", "--ema", "--sidecar", "--config", "--prediction-type"},
-    "diff": {"--component", "--explain-with", "--atol", "--stat", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
+    "diff": {"--component", "--explain-with", "--atol", "--stat", "--json", "--html", "--quiet", "-q", "--debug"}
+    | {"--help", "-h"},
     "fingerprint": {"--component", "--register", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
-    "manifest": {"-o", "--output", "--force", "--quiet", "-q", "--debug", "--help", "-h"},
-    "verify": {"--manifest", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
+    "manifest": {"-o", "--output", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
+    | {"--statement", "--sign", "--key", "--signature"},
+    "verify": {"--manifest", "--signature", "--key", "--profile", "--dtype", "--fail-on", "--allow", "--allow-list"}
+    | {"--baseline", "--fix", "--in-place", "--force", "--json", "--sarif", "--junit", "--html", "--rules"}
+    | {"--quiet", "-q", "--debug", "--help", "-h"},
     "pipe": WRITING,
 }
 
@@ -83,7 +89,8 @@ def options_of(text: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_everything(command: str) -> None:
     """Every option has an explanation, and every choice is named."""
-    found = app.sdsurgery.commands[command]
+    found = app.sdsurgery.get_command(click.Context(app.sdsurgery), command)
+    assert found
     assert found.help
     text = "".join(cli(command, "--help").out.split())  # lines may be broken behind any hyphen
     for parameter in found.params:
@@ -108,7 +115,11 @@ def test_version() -> None:
 
 def test_every_operation_is_a_command_and_documented() -> None:
     questions = {"inspect", "diff", "fingerprint", "manifest", "verify"}
-    assert {*OPERATIONS, *questions, "pipe"} == set(COMMANDS) == set(app.sdsurgery.commands)
+    assert (
+        {*OPERATIONS, *questions, "pipe"}
+        == set(COMMANDS)
+        == set(app.sdsurgery.list_commands(click.Context(app.sdsurgery)))
+    )
     for name in COMMANDS:
         assert (ROOT / "docs" / "commands" / f"{name}.md").exists()
 

@@ -7,22 +7,13 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from types import FrameType
 
 import click
 
 from .. import __version__
 from ..errors import OutputError, SurgeryError, UsageError
-from ..operations import OPERATIONS
-from ..reports import documents, terminal
-from .convert import convert_command
-from .diff import diff_command
-from .fingerprint import fingerprint_command
-from .fix_clip import fix_clip_command
-from .inspect import inspect_command
-from .manifest import manifest_command, verify_command
-from .pipe import pipe_command
-from .surgery import surgery_command
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -32,7 +23,40 @@ class _TerminatedError(BaseException):
     """The process was asked to end; what is half written is removed on the way out."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """A group whose commands are imported when they are asked for: each alone, so that small ones start fast."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(_PLACES)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in _PLACES:
+            return None
+        module, attribute = _PLACES[name]
+        found = getattr(import_module(f".{module}", __package__), attribute)
+        return found if isinstance(found, click.Command) else found(name)
+
+
+_PLACES = {
+    "inspect": ("inspect", "inspect_command"),
+    "diff": ("diff", "diff_command"),
+    "fingerprint": ("fingerprint", "fingerprint_command"),
+    "manifest": ("manifest", "manifest_command"),
+    "verify": ("verify", "verify_command"),
+    "fix-clip": ("fix_clip", "fix_clip_command"),
+    "merge-vae": ("surgery", "surgery_command"),
+    "extract": ("surgery", "surgery_command"),
+    "replace": ("surgery", "surgery_command"),
+    "prune": ("surgery", "surgery_command"),
+    "cast": ("surgery", "surgery_command"),
+    "metadata": ("surgery", "surgery_command"),
+    "convert": ("convert", "convert_command"),
+    "pipe": ("pipe", "pipe_command"),
+}
+"""Each command's module, and what makes it there: the command itself, or a function that is told its name."""
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="sdsurgery")
 def sdsurgery() -> None:
     """Checkpoint surgery for Stable Diffusion: repair, swap, prune, cast, convert and inspect weights.
@@ -40,19 +64,6 @@ def sdsurgery() -> None:
     The input is never touched without --in-place, and an output appears whole or not at all. Exit codes: 0 done,
     or yes; 1 the answer is no; 2 wrong usage; 3 an input is at fault; 4 the output can't be written.
     """
-
-
-sdsurgery.add_command(inspect_command)
-sdsurgery.add_command(diff_command)
-sdsurgery.add_command(fingerprint_command)
-sdsurgery.add_command(manifest_command)
-sdsurgery.add_command(verify_command)
-sdsurgery.add_command(fix_clip_command())
-sdsurgery.add_command(convert_command)
-for _operation in OPERATIONS.values():
-    if _operation.name not in sdsurgery.commands:
-        sdsurgery.add_command(surgery_command(_operation))
-sdsurgery.add_command(pipe_command())
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -103,6 +114,8 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 def _fail(error: SurgeryError, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    from ..reports import documents, terminal  # which a command that succeeds may never need
+
     if as_json:
         click.echo(documents.text(documents.error(error)))
     else:

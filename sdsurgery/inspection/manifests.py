@@ -21,6 +21,8 @@ from ..errors import CorruptError, MismatchError
 from ..models.canonical import Canonical, canonical
 from ..models.identify import identify
 from ..sources import Data, SourceFile, sweep
+from .findings import Finding
+from .rules import RULES
 
 SCHEMA_VERSION = 1
 _LARGEST = 256 << 20
@@ -71,29 +73,6 @@ class Manifest:
     def document(self) -> dict[str, Any]:
         """As ``docs/schemas/manifest.json`` describes it."""
         return {"schema_version": SCHEMA_VERSION, "generator": f"sdsurgery {__version__}", **asdict(self)}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that isn't as it should be.
-
-    Attributes:
-        id: Of the check, always the same.
-        message: In words.
-        file: The file that it is about, if one.
-        key: The tensor's key in the model, or where it should be its canonical name.
-        component: Whose.
-        expected: What the manifest says.
-        seen: What the model has.
-    """
-
-    id: str
-    message: str
-    file: str | None = None
-    key: str | None = None
-    component: str | None = None
-    expected: str | None = None
-    seen: str | None = None
 
 
 def manifest(checkpoint: Checkpoint) -> Manifest:
@@ -215,17 +194,17 @@ def _tensor_findings(
         component, name = identity
         seen = there.get(identity)
         if seen is None:
-            yield Finding("tensor-missing", f"{name} of the {component} is missing", key=name, component=component)
+            yield _finding("tensor-missing", f"{name} of the {component} is missing", key=name, component=component)
         elif (seen.dtype, seen.shape) != (entry.dtype, entry.shape):
             was, now = f"{entry.dtype}{entry.shape}", f"{seen.dtype}{seen.shape}"
             message = f"{keys[identity]} is {now} and should be {was}"
-            yield Finding("tensor-type", message, None, keys[identity], component, was, now)
+            yield _finding("tensor-type", message, key=keys[identity], component=component, expected=was, seen=now)
         elif seen.blake3 != entry.blake3:
-            message = f"{keys[identity]} has other values"
-            yield Finding("tensor-changed", message, None, keys[identity], component, entry.blake3, seen.blake3)
-    for identity in there.keys() - expected.keys():
+            message, digests = f"{keys[identity]} has other values", {"expected": entry.blake3, "seen": seen.blake3}
+            yield _finding("tensor-changed", message, key=keys[identity], component=component, **digests)
+    for identity in sorted(there.keys() - expected.keys()):
         message = f"{keys[identity]} isn't in the manifest"
-        yield Finding("tensor-added", message, key=keys[identity], component=identity[0])
+        yield _finding("tensor-added", message, key=keys[identity], component=identity[0])
 
 
 def _file_findings(wanted: Sequence[FileEntry], seen: Sequence[FileEntry], *, alone: bool) -> Iterator[Finding]:
@@ -234,12 +213,17 @@ def _file_findings(wanted: Sequence[FileEntry], seen: Sequence[FileEntry], *, al
     for entry in wanted:
         file = seen[0] if alone else there.get(entry.name)
         if file is None:
-            yield Finding("file-missing", f"{entry.name} is missing", file=entry.name)
+            yield _finding("file-missing", f"{entry.name} is missing", file=entry.name)
         elif file.sha256 != entry.sha256:
-            message = f"{file.name} has another SHA-256"
-            yield Finding("file-changed", message, file.name, None, None, entry.sha256, file.sha256)
+            name = None if alone else file.name
+            digests = {"expected": entry.sha256, "seen": file.sha256}
+            yield _finding("file-changed", f"{file.name} has another SHA-256", file=name, **digests)
     if not alone:
         names = {entry.name for entry in wanted}
         for entry in seen:
             if entry.name not in names:
-                yield Finding("file-added", f"{entry.name} isn't in the manifest", file=entry.name)
+                yield _finding("file-added", f"{entry.name} isn't in the manifest", file=entry.name)
+
+
+def _finding(rule: str, message: str, **facts: str | None) -> Finding:
+    return Finding(rule, RULES[rule].severity, message, **facts)  # type: ignore[arg-type]

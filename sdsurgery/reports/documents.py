@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Change, Checkpoint
 from ..errors import SurgeryError
@@ -15,10 +15,13 @@ from ..inspection import Inspection, registry
 from ..inspection.comparing import Statistics
 from ..inspection.diffing import Diff
 from ..inspection.explaining import Explanation
+from ..inspection.findings import FailOn, Finding, Verification, exit_code
 from ..inspection.fingerprints import Fingerprint
 from ..inspection.hashes import FileHashes
-from ..inspection.manifests import Finding
 from ..models.position_ids import Diagnosis
+
+if TYPE_CHECKING:
+    from ..inspection.known_components import Known
 
 
 def text(document: Mapping[str, Any]) -> str:
@@ -83,14 +86,35 @@ def fingerprints(found: Iterable[Fingerprint], names: Mapping[str, str], registe
     }
 
 
-def verified(path: Path, findings: Iterable[Finding]) -> dict[str, Any]:
-    """A model that was checked, as ``verify --json`` prints it."""
-    return {"path": str(path), "findings": [asdict(finding) for finding in findings], "error": None}
+def verification(verifications: Sequence[Verification], fail_on: FailOn) -> dict[str, Any]:
+    """What ``verify --json`` prints."""
+    return {
+        "schema_version": 1,
+        "verified": exit_code(verifications, fail_on) == 0,
+        "fail_on": fail_on,
+        "models": [_verified(each) for each in verifications],
+    }
 
 
-def unverified(path: Path, failure: SurgeryError) -> dict[str, Any]:
-    """A model that could not be checked."""
-    return {"path": str(path), "findings": [], "error": failure.as_json()}
+def _verified(found: Verification) -> dict[str, Any]:
+    model = str(found.path)
+    return {
+        "path": model,
+        "container": found.container,
+        "layout": found.layout,
+        "family": found.family,
+        "profile": found.profile,
+        "complete": found.complete,
+        "rules": list(found.rules),
+        "findings": [_finding(each, model) for each in found.findings],
+        "mended": [_finding(each, model) for each in found.mended],
+        "output": str(found.output) if found.output else None,
+    }
+
+
+def _finding(found: Finding, model: str) -> dict[str, Any]:
+    mend = {"command": list(found.mend.command), "safe": found.mend.safe} if found.mend else None
+    return asdict(found) | {"mend": mend, "fingerprint": found.fingerprint(model)}
 
 
 def _statistics(found: Statistics | None) -> dict[str, Any]:
@@ -110,7 +134,13 @@ def position_ids(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def inspection(found: Inspection, hashes: FileHashes | None, *, with_tensors: bool) -> dict[str, Any]:
+def inspection(
+    found: Inspection,
+    hashes: FileHashes | None,
+    known: Mapping[str, Iterable[Known]] | None = None,
+    *,
+    with_tensors: bool,
+) -> dict[str, Any]:
     """What ``inspect --json`` prints."""
     document: dict[str, Any] = {
         "path": found.path,
@@ -142,6 +172,8 @@ def inspection(found: Inspection, hashes: FileHashes | None, *, with_tensors: bo
     }
     if hashes is not None:
         document["hashes"] = asdict(hashes)
+    if known is not None:
+        document["known"] = {name: [asdict(entry) for entry in entries] for name, entries in known.items()}
     if with_tensors:
         document["keys"] = {
             key: {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "bytes": tensor.nbytes}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
 
 from ..checkpoint import Change, Checkpoint, Step
 from ..errors import SurgeryError
@@ -77,18 +76,6 @@ def _change(change: Change) -> str:
     if change.before == change.after:
         return f"{change.key}  {change.after}"
     return f"{change.key}  {change.before} -> {change.after}"
-
-
-def verification(result: Mapping[str, Any], *, quiet: bool) -> Iterator[str]:
-    """The lines of one model that was checked; see ``documents.verified``."""
-    path, failure = result["path"], result["error"]
-    if failure:
-        yield printable(f"{path}: could not be checked: {failure['message']}")
-        return
-    for finding in result["findings"]:
-        yield printable(f"{path}: {finding['id']}: {finding['message']}")
-    if not result["findings"] and not quiet:
-        yield printable(f"{path}: as the manifest says")
 
 
 def human_bytes(count: float) -> str:

@@ -1,0 +1,1 @@
+"""The checks of verify, a file a subject; each yields findings and changes nothing."""
