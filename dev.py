@@ -52,6 +52,7 @@ def demo() -> None:
         ("A folder for diffusers, with a sidecar of what it can't hold:",
          "convert anything-v3-1.safetensors anything-v3-1 --sidecar"),
         ("And the very same file again:", "convert anything-v3-1 again.safetensors"),
+        ("Are both whole and sound?", "verify anything-v3-1.safetensors anything-v3-1"),
     ):  # fmt: skip
         print(f"\n# {title}\n$ sdsurgery {words}", flush=True)
         run(PYTHON, "-m", "sdsurgery", *words.split(), cwd=folder)

@@ -14,6 +14,7 @@ from ..inspection import registry
 from ..inspection.diffing import diff
 from ..inspection.explaining import explain
 from ..inspection.fingerprints import fingerprints
+from ..inspection.known_components import published_matches, publisher
 from ..models.configs import NETWORKS
 from ..reports import diff as report
 from ..reports import documents, files
@@ -80,12 +81,16 @@ def diff_command(one: Path, other: Path, **options: Any) -> int:
 
 
 def _known(model: Checkpoint, components: list[str]) -> dict[str, str]:
-    """Which of these components the user's registry knows; nothing is read where there is none."""
+    """Which of these components the user's registry knows, or whose figure is published."""
     names = registry.load()
-    if not names or not components:
-        return {}
-    labels = ((each.component, registry.known_as(each, names)) for each in fingerprints(model, components))
-    return {component: label for component, label in labels if label}
+    found = {}
+    for each in fingerprints(model, components) if names and components else ():
+        label = registry.known_as(each, names)
+        if label:
+            found[each.component] = label
+    for component, matches in published_matches(model, components=components).items() if components else ():
+        found.setdefault(component, f"{matches[0].name}, by the figure that {publisher()} publishes")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..models.canonical import Canonical, canonical
 from ..models.identify import Model, identify
+from ..models.position_ids import Status, diagnose
 from .comparing import Comparison, compare
 
 Fate = Literal["equal", "changed", "removed", "added"]
@@ -85,6 +86,7 @@ class Diff:
         removed: What only the first has.
         not_comparable: What only one has because the other's layout can't hold it.
         metadata: Keys whose values differ.
+        position_ids: What is to be said of CLIP-L's, in the first and the second.
         fates: What became of every tensor that was or could have been compared, by component and canonical name.
     """
 
@@ -97,6 +99,7 @@ class Diff:
     removed: tuple[OneSided, ...]
     not_comparable: tuple[OneSided, ...]
     metadata: tuple[MetadataChange, ...]
+    position_ids: tuple[Status, Status]
     fates: Mapping[tuple[str, str], Fate] = field(default_factory=dict)
 
     @property
@@ -161,6 +164,7 @@ def diff(one: Checkpoint, other: Checkpoint, components: Collection[str] = ()) -
         removed=removed,
         not_comparable=(*lost, *made),
         metadata=tuple(_metadata(one.metadata, other.metadata)),
+        position_ids=(diagnose(one, models[0]).status, diagnose(other, models[1]).status),
         fates=fates,
     )
 

@@ -59,7 +59,7 @@ def _summary(found: Diff) -> Iterator[str]:
         for item in items:
             by_component.setdefault(item.component, Counter())[what] += 1
     for name, counts in by_component.items():
-        yield f"{name}: {_verdict(counts)}"
+        yield f"{name}: {_verdict(counts)}" + (_ids(found) if name == "text_encoder" else "")
     differing = [name for name, counts in by_component.items() if set(counts) - {"equal"}]
     if found.identical:
         yield "identical in everything that both layouts hold" if found.not_comparable else "identical"
@@ -72,6 +72,15 @@ def _verdict(counts: Counter[str]) -> str:
     if not parts:
         return f"identical ({counts['equal']} tensors)"
     return ", ".join(parts) + (f", {counts['equal']} identical" if counts["equal"] else "")
+
+
+def _ids(found: Diff) -> str:
+    """What became of the position ids, where that can be said of both."""
+    before, after = found.position_ids
+    if before == after or "not-applicable" in found.position_ids:
+        return ""
+    repaired = " (repaired)" if after == "ok" else ""
+    return f"; position ids: {before} -> {after}{repaired}"
 
 
 def _size(change: Changed) -> float:

@@ -73,6 +73,7 @@ def diff(
         "removed": [asdict(entry) for entry in found.removed],
         "not_comparable": [asdict(entry) for entry in found.not_comparable],
         "metadata": [asdict(entry) for entry in found.metadata],
+        "position_ids": list(found.position_ids),
         "explanations": [asdict(entry) | {"exact": entry.exact} for entry in explanations],
         "known": dict(known or {}),
     }
