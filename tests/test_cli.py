@@ -63,7 +63,18 @@ OPTIONS = {
     "manifest": {"-o", "--output", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
     | {"--statement", "--sign", "--key", "--signature"},
     "verify": {"--manifest", "--signature", "--key", "--profile", "--dtype", "--fail-on", "--allow", "--allow-list"}
-    | {"--baseline", "--fix", "--in-place", "--force", "--json", "--sarif", "--junit", "--html", "--rules"}
+    | {
+        "--baseline",
+        "--fix",
+        "--in-place",
+        "--force",
+        "--json",
+        "--sarif",
+        "--junit",
+        "--html",
+        "--markdown",
+        "--rules",
+    }
     | {"--quiet", "-q", "--debug", "--help", "-h"},
     "pipe": WRITING,
 }

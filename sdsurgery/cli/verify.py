@@ -46,6 +46,7 @@ class _Options:
     sarif: Path | None
     junit: Path | None
     html: Path | None
+    markdown: Path | None
     quiet: bool
     debug: bool
 
@@ -61,9 +62,20 @@ class _Options:
             raise UsageError("only --fix writes a model", remedy="leave out --in-place and --force, or add --fix")
 
     @property
+    def inputs(self) -> list[Path]:
+        """What is read besides models."""
+        named = (self.wanted, self.signature, self.key, self.baseline, *self.allow_lists)
+        return [path for path in named if path is not None]
+
+    @property
     def reports(self) -> dict[files.Format, Path]:
         """Where each report goes that is asked for."""
-        asked: dict[files.Format, Path | None] = {"sarif": self.sarif, "junit": self.junit, "html": self.html}
+        asked: dict[files.Format, Path | None] = {
+            "sarif": self.sarif,
+            "junit": self.junit,
+            "html": self.html,
+            "markdown": self.markdown,
+        }
         return {kind: place for kind, place in asked.items() if place is not None}
 
 
@@ -105,6 +117,7 @@ _OPTIONS = (
     click.option("--sarif", type=_FILE, metavar="FILE", help="Write a SARIF 2.1.0 report."),
     click.option("--junit", type=_FILE, metavar="FILE", help="Write a JUnit report."),
     click.option("--html", type=_FILE, metavar="FILE", help="Write a report as one HTML page."),
+    click.option("--markdown", type=_FILE, metavar="FILE", help="Write a summary in Markdown."),
     click.option(
         "--rules", is_flag=True, is_eager=True, expose_value=False, callback=_show_rules,
         help="List what is looked for, and leave.",
@@ -131,7 +144,7 @@ def verify_command(context: click.Context, /, models: tuple[Path, ...], **option
     asked = _Options(**options)
     paths = [found for path in models for found in models_in(path)]
     for kind, place in asked.reports.items():
-        files.refuse(place, paths, kind)
+        files.refuse(place, [*paths, *asked.inputs], kind)
     allowances = [allowing.allowance(text.replace(":", " ", 1)) for text in asked.allow]
     allowances += [each for path in asked.allow_lists for each in allowing.allow_list(path)]
     known = allowing.baseline(asked.baseline) if asked.baseline else frozenset()
@@ -182,6 +195,10 @@ def _rendered(kind: files.Format, found: Sequence[Verification], fail_on: FailOn
         from ..reports.junit import junit
 
         return junit(found, fail_on)
+    if kind == "markdown":
+        from ..reports.markdown import markdown
+
+        return markdown(found, fail_on)
     from ..reports.html import verification_page
 
     return verification_page(found, fail_on)

@@ -13,12 +13,13 @@ from typing import Literal
 from ..containers.writing import AtomicFile
 from ..errors import OutputError, OutputExistsError
 
-Format = Literal["html", "sarif", "junit"]
+Format = Literal["html", "sarif", "junit", "markdown"]
 
 _BEGINNINGS: dict[Format, tuple[bytes, str]] = {
     "html": (b"<!doctype html", "HTML file"),
     "sarif": (b"{", "SARIF file"),
     "junit": (b"<?xml", "JUnit file"),
+    "markdown": (b"### sdsurgery verify", "report in Markdown"),
 }
 
 

@@ -17,7 +17,7 @@ _MOST_FINDINGS = 100
 _MOST_TEXT = 200
 """Rows of the two tables, and characters of a cell: with all of them GitHub's limit of 1 MiB isn't reached."""
 
-_PLAIN = frozenset(" ,;'/=%?")
+_PLAIN = frozenset(" ,;'/=%?()-")
 """What may stand as it is, besides letters and digits: at no place does Markdown give it a meaning."""
 
 _VERDICTS = {0: "sound", 1: "findings", 3: "**not fully checked**"}
@@ -72,7 +72,7 @@ def _lines(verifications: Sequence[Verification], fail_on: FailOn) -> Iterator[s
         yield _row(*_model(verifications[index], codes[index]))
     if len(codes) > _MOST_MODELS:
         yield ""
-        yield f"… and {len(codes) - _MOST_MODELS} more models.".replace("…", "&#8230;")
+        yield f"&#8230; and {len(codes) - _MOST_MODELS} more models."
     groups = [(verifications[index], group) for index in order for group in _grouped(verifications[index])]
     if groups:
         yield ""
@@ -96,7 +96,7 @@ def _model(found: Verification, verdict: int) -> Iterator[str]:
     yield text(f"{what} ({human_bytes(found.nbytes)} read)" if what else "")
     yield text(found.profile)
     for severity in ("error", "warning", "note"):
-        yield str(found.count(severity))  # type: ignore[arg-type]
+        yield str(found.count(severity))
     yield str(sum(bool(finding.allowed) for finding in found.findings))
 
 
@@ -115,7 +115,8 @@ def _finding(found: Verification, group: Sequence[Finding], fail_on: FailOn) -> 
     counts = first in found.failing(fail_on)
     yield f"**{first.severity}**" if counts else first.severity
     yield code(first.id)
-    yield code(str(found.path if first.file is None else found.path / first.file))
+    inside = first.file is not None and first.file not in {str(found.path), found.path.name}
+    yield code(str(found.path / str(first.file) if inside else found.path))
     more = f" and {len(group) - 1} more" if len(group) > 1 else ""
     yield text(first.message) + more
     if first.mend:
