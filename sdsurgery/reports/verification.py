@@ -34,7 +34,8 @@ def _model(found: Verification, fail_on: FailOn, *, quiet: bool) -> Iterator[str
     counting = found.failing(fail_on)
     wanted = counting if quiet else [finding for finding in found.findings if not finding.allowed]
     if not quiet or wanted:
-        yield printable(f"{found.path}: {_verdict(found, fail_on)}")
+        mended = ", as mended" if found.output else ""
+        yield printable(f"{found.path}{mended}: {_verdict(found, fail_on)}")
     for group in _grouped(wanted):
         for finding in group[:_SHOWN]:
             yield printable(f"  {finding.severity:<7} {finding.id}: {finding.message}")

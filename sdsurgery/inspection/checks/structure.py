@@ -114,7 +114,10 @@ def keys(subject: Subject) -> Iterator[Finding]:
             mend = subject.command("fix-clip", safe=True)
             yield from subject.finding("key-dialect", message, key=odd[0], mend=mend, **facts)
     mend = subject.pruned("--unknown")
+    trained = {key for group, keys in training_groups(subject.checkpoint, model) if group == "training" for key in keys}
     for key in unknown_keys(model) if model.networks else ():
+        if key in trained:
+            continue
         owner = subject.strays.get(key, "other")
         if is_stray_ids(owner, key) or (owner == "other" and is_other_part(subject, key)):
             continue  # see text.py; and a safety checker is no model's, but belongs to its folder

@@ -10,12 +10,12 @@ from ..findings import Finding
 from .subject import Subject, listed
 
 _RULES = {
-    "missing": "position-ids-missing",
-    "wrong-shape": "position-ids-wrong",
-    "wrong-values": "position-ids-wrong",
-    "fractional": "position-ids-wrong",
-    "wrong-dtype": "position-ids-dtype",
-    "unexpected": "position-ids-stray",
+    "missing": ("position-ids-missing", "there are no position ids"),
+    "wrong-shape": ("position-ids-wrong", "the position ids have a wrong shape"),
+    "wrong-values": ("position-ids-wrong", "the position ids have wrong values"),
+    "fractional": ("position-ids-wrong", "the position ids are fractional"),
+    "wrong-dtype": ("position-ids-dtype", "the position ids are right, but of another dtype"),
+    "unexpected": ("position-ids-stray", "the position ids are right, but this layout holds none"),
 }
 
 
@@ -31,17 +31,16 @@ def position_ids(subject: Subject) -> Iterator[Finding]:
     told = subject.profile in {"a1111", "comfyui"} and subject.model.layout == "ldm"
     target = ("--target", subject.profile) if told else ()
     mend = subject.command("fix-clip", *target, safe=True)
-    rule = _RULES.get(found.status)
-    if rule:
+    if found.status in _RULES:
+        rule, message = _RULES[found.status]
         count = positions(subject.model)
         wrong = (
             f": {len(found.wrong)} of {count} are wrong once truncated ({listed(found.wrong)})" if found.wrong else ""
         )
         seen = "nothing" if found.status == "missing" else str(subject.checkpoint[found.key or ""])
         wanted = "nothing" if found.status == "unexpected" else f"I64[1, {count}], 0 to {count - 1}"
-        message = f"the position ids are {found.status}{wrong}"
         facts = {"key": found.key, "component": "text_encoder", "expected": wanted, "seen": seen}
-        yield from subject.finding(rule, message, mend=mend, **facts)
+        yield from subject.finding(rule, message + wrong, mend=mend, **facts)
     for name in TEXT_ENCODERS:
         component = subject.model.components.get(name)
         for key in component.stray if component else ():
