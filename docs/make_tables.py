@@ -1,15 +1,18 @@
-"""Write the tables in the docs that are made of what the code declares.
+"""Write the parts of the docs that are made of what the code declares.
 
 python docs/make_tables.py
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from sdsurgery.inspection.rules import RULES
 
 VERIFY = Path(__file__).parent / "commands" / "verify.md"
+SCHEMA = Path(__file__).parent / "schemas" / "verify.json"
 _BEGIN, _END = "<!-- rules -->\n", "<!-- end of rules -->\n"
 
 
@@ -32,5 +35,13 @@ def with_rules(page: str) -> str:
     return f"{before}{_BEGIN}\n{rules()}\n{_END}{after}"
 
 
+def with_ids(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of verify's report with the ids of all rules."""
+    schema["$defs"]["finding"]["properties"]["id"]["enum"] = list(RULES)
+    schema["properties"]["models"]["items"]["properties"]["rules"]["items"]["enum"] = list(RULES)
+    return schema
+
+
 if __name__ == "__main__":
+    SCHEMA.write_text(json.dumps(with_ids(json.loads(SCHEMA.read_text("utf-8"))), indent=2) + "\n", "utf-8")
     VERIFY.write_text(with_rules(VERIFY.read_text("utf-8")), "utf-8")

@@ -283,10 +283,17 @@ def test_wrapped_and_broken_at_once(tmp_path: Path) -> None:
     assert raw(output) == original("sd1-ids-ok.safetensors")
 
 
-@pytest.mark.parametrize("what", ["sd2", "vae", "unknown"])
-def test_a_wrapped_file_without_clip_passes_as_it_is(what: str, tmp_path: Path) -> None:
+def test_a_wrapper_goes_with_an_open_clip_text_encoder_too(tmp_path: Path) -> None:
+    tensors = {"module." + key: value for key, value in synthetic.model("sd2").items()}
+    output = tmp_path / "out.safetensors"
+    result = cli("fix-clip", write(tmp_path / "model.safetensors", tensors), "-o", output, "--json")
+    assert kinds(result.json) == {"renamed": len(tensors)}
+    assert set(raw(output)) == set(synthetic.model("sd2"))
+
+
+@pytest.mark.parametrize("what", ["vae", "unknown"])
+def test_a_wrapped_file_without_text_encoder_passes_as_it_is(what: str, tmp_path: Path) -> None:
     tensors = {
-        "sd2": lambda: synthetic.model("sd2"),
         "vae": lambda: synthetic.part(synthetic.model("sd1"), "first_stage_model."),
         "unknown": lambda: {"some.weight": np.ones(3, np.float32)},
     }[what]()

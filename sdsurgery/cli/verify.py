@@ -12,14 +12,13 @@ import click
 
 from ..containers.discovering import models_in
 from ..dtypes import CAST_TARGETS
-from ..errors import UsageError
+from ..errors import SurgeryError, UsageError
 from ..inspection import allowing, manifests
 from ..inspection.findings import FailOn, Finding, Verification, exit_code
 from ..inspection.rules import PROFILES
 from ..inspection.verifying import Request, verify
-from ..reports import documents, files
+from ..reports import documents, files, terminal
 from ..reports import verification as report
-from ..reports.terminal import printable
 from .common import WriteOptions, carry_out, listening
 from .pipe import parsed_operation
 
@@ -156,7 +155,7 @@ def verify_command(context: click.Context, /, models: tuple[Path, ...], **option
     _report(found, asked)
     if not asked.quiet:
         for each in allowing.unused(allowances, found):
-            click.echo(printable(f"warning: allowed, but not found: {each}"), err=True)
+            click.echo(terminal.printable(f"warning: allowed, but not found: {each}"), err=True)
     return exit_code(found, asked.fail_on)
 
 
@@ -212,7 +211,11 @@ def _fixed(context: click.Context, found: Verification, request: Request, asked:
     options = WriteOptions(None, asked.in_place, False, asked.as_json, asked.force, asked.quiet, asked.debug)
     words = dict.fromkeys((each.mend.command[1], *each.mend.command[3:]) for each in wanted if each.mend)
     operations = [parsed_operation(context, list(command), options) for command in words]
-    target = carry_out(found.path, operations, options, label="fixed").target
+    try:
+        target = carry_out(found.path, operations, options, label="fixed").target
+    except SurgeryError as error:  # the other models' reports are worth having all the same
+        click.echo(terminal.error(error), err=True)
+        return replace(found, failure=error)
     with listening(quiet=asked.quiet):
         (after,) = verify([target], request)
     left = {(each.id, each.key) for each in after.findings}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,19 +25,29 @@ def models_in(path: Path) -> list[Path]:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    with os.scandir(path) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        place = path / entry.name
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir(follow_symlinks=False):
-            if entry.is_file() and place.suffix.lower() in SUFFIXES and place.suffix.lower() != _IN_PARTS:
-                yield place
-        elif _is_model(place):
+    waiting = [path]
+    while waiting:
+        place = waiting.pop()
+        if place != path and (not _is_folder(place) or _is_model(place)):
             yield place
         else:
-            yield from _below(place)
+            names = (name for name in os.listdir(place) if not name.startswith("."))
+            inside = [place / name for name in sorted(names, reverse=True)]
+            waiting += [each for each in inside if _is_folder(each) or _is_single(each)]
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is to be looked into; what can't be looked at counts too, for whoever opens it will say why."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return True
+
+
+def _is_single(path: Path) -> bool:
+    """Whether its name is a single file's."""
+    suffix = path.suffix.lower()
+    return suffix in SUFFIXES and suffix != _IN_PARTS and not os.path.isdir(path)  # noqa: PTH112 - raises nothing
 
 
 def _is_model(path: Path) -> bool:

@@ -34,7 +34,9 @@ class Allowance:
     def covers(self, finding: Finding) -> bool:
         """Whether a finding is what is meant."""
         about = [text for text in (finding.key, finding.file, finding.component) if text] or [""]
-        return finding.id == self.rule and any(fnmatchcase(text, self.pattern) for text in about)
+        return finding.id == self.rule and any(
+            text == self.pattern or fnmatchcase(text, self.pattern) for text in about
+        )
 
     def __str__(self) -> str:
         return self.rule if self.pattern == "*" else f"{self.rule} {self.pattern}"

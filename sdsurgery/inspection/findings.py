@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..errors import SurgeryError
 from .rules import RULES, Severity
 
 FailOn = Literal["note", "warning", "error", "never"]
@@ -85,6 +86,7 @@ class Verification:
         nbytes: Bytes of values that were read.
         output: What ``--fix`` wrote; the findings are then those that remain in it.
         mended: What ``--fix`` mended.
+        failure: Why ``--fix`` could not write its result.
     """
 
     path: Path
@@ -97,6 +99,7 @@ class Verification:
     nbytes: int = 0
     output: Path | None = None
     mended: tuple[Finding, ...] = ()
+    failure: SurgeryError | None = None
 
     @property
     def complete(self) -> bool:
@@ -118,5 +121,10 @@ class Verification:
 
 
 def exit_code(verifications: Iterable[Verification], fail_on: FailOn) -> int:
-    """0 only if everything was checked and nothing was found that counts; 3 where something could not be checked."""
-    return max((3 if not each.complete else 1 if each.failing(fail_on) else 0 for each in verifications), default=0)
+    """0 only if everything was checked and nothing was found that counts; where several codes hold, the highest."""
+    return max((_code(each, fail_on) for each in verifications), default=0)
+
+
+def _code(found: Verification, fail_on: FailOn) -> int:
+    checked = 3 if not found.complete else 1 if found.failing(fail_on) else 0
+    return max(checked, found.failure.exit_code if found.failure else 0)

@@ -95,9 +95,17 @@ def scan(tensor: Tensor, advance: Callable[[int], None] = lambda _count: None) -
         counts = _count_bits(array.view(bits.kind), bits) if bits else _count(array)
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         advance(array.nbytes)
-    constant = float(first.astype("f8")[0]) if same and first is not None and first.dtype.kind != "c" else None
+    constant = _number(first) if same and first is not None else None
     nan, infinite, overflow, denormal = totals
     return Values(tensor.numel, nan, infinite, overflow, denormal, constant)
+
+
+def _number(first: Array) -> float | None:
+    """An element as a number, if it is a real one; a NaN that signals is no reason for NumPy to speak up."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        return float(first.astype("f8")[0]) if first.dtype.kind != "c" else None
 
 
 def _is_constant(array: Array, first: Array) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -46,18 +46,35 @@ def missing_files(checkpoint: Checkpoint, model: Model) -> tuple[list[Missing], 
     there = checkpoint.folder.files if checkpoint.folder else {}
     maker = FolderFiles(checkpoint, model, of_folder_files(checkpoint))
     made = maker.files()
-    found = [
-        Missing(name, "config", content)
-        for name, content in made.items()
-        if name not in there and not name.startswith(_TOKENIZER)
-    ]
-    index = _document(there[INDEX_NAME]) if INDEX_NAME in there else None
-    for folder in dict.fromkeys(name.partition("/")[0] for name in made if name.startswith(_TOKENIZER)):
-        if isinstance(index, dict) and index.get(folder, True) in (None, [None, None]):
-            continue  # whoever made the folder left it out, and said so
-        ours, theirs = _inside(made, folder), _inside(there, folder)
-        found += [replace(each, name=f"{folder}/{each.name}") for each in _tokenizer(ours, theirs)]
+    stated = _document(there[INDEX_NAME]) if INDEX_NAME in there else None
+    index = stated if isinstance(stated, dict) else {}
+    parts = [part for part in dict.fromkeys(name.partition("/")[0] for name in made) if not _left_out(index, part)]
+    found = [] if not index else list(_index(index, json.loads(made[INDEX_NAME]), parts))
+    for part in parts:
+        ours, theirs = _inside(made, part), _inside(there, part)
+        if part.startswith(_TOKENIZER):
+            found += [replace(each, name=f"{part}/{each.name}") for each in _tokenizer(ours, theirs)]
+        elif part == INDEX_NAME and part not in there:
+            found.append(Missing(part, "config", made[part]))
+        else:
+            found += [
+                Missing(f"{part}/{name}", "config", content) for name, content in ours.items() if name not in theirs
+            ]
     return found, maker.notes if found else []
+
+
+def _left_out(index: Mapping[str, Any], part: str) -> bool:
+    """Whether whoever made the folder left a part out, and said so."""
+    pair = index.get(part, ["", ""])
+    return part in index and not (isinstance(pair, list) and all(isinstance(word, str) for word in pair))
+
+
+def _index(index: Mapping[str, Any], ours: Mapping[str, Any], parts: list[str]) -> Iterator[Missing]:
+    """The index with the parts that it doesn't speak of."""
+    silent = {part: ours[part] for part in parts if part != INDEX_NAME and part not in index}
+    if silent:
+        content = (json.dumps({**index, **silent}, indent=2, ensure_ascii=False) + "\n").encode()
+        yield Missing(INDEX_NAME, "config", content)
 
 
 def _inside(files: Mapping[str, T], folder: str) -> dict[str, T]:

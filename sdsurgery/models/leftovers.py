@@ -26,7 +26,7 @@ def unknown_keys(model: Model) -> list[str]:
     """Keys that lie in a component which hasn't them, or in none; not those of a component of an unknown kind."""
     others = model.components.get("other")
     rest = list(others.keys.values()) if others else []
-    leftovers = (*TRAINING_PREFIXES, VAE_PREFIX + "loss.")
-    unplaced = [key for key in rest if not key.removeprefix(model.wrapper).startswith(leftovers)]
     strays = [key for found in model.components.values() if found.table for key in found.stray]
-    return [key for key in (*strays, *unplaced) if key.removeprefix(model.wrapper) not in MARKERS]
+    known = (*TRAINING_PREFIXES, VAE_PREFIX + "loss.")
+    bare = ((key, key.removeprefix(model.wrapper)) for key in (*strays, *rest))
+    return [key for key, name in bare if name not in MARKERS and not name.startswith(known)]

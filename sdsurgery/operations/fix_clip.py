@@ -87,16 +87,14 @@ def _key_repairs(checkpoint: Checkpoint, model: Model) -> tuple[dict[str, str], 
     """Old key to new key, and dropped key to the reason."""
     renames: dict[str, str] = {}
     drops: dict[str, str] = {}
-    wrapper = model.wrapper
-    if wrapper and model.clip:
+    encoders = [found for name in TEXT_ENCODERS if (found := model.components.get(name))]
+    wrapper = model.wrapper if any(found.table for found in encoders) else ""
+    if wrapper:
         # A wrapper around the whole file is no loader's: taken off everywhere, or the parts would come apart.
         renames = {key: key.removeprefix(wrapper) for key in checkpoint}
-    for encoder in TEXT_ENCODERS:
-        component = model.components.get(encoder)
-        if component is None:
-            continue
+    for component in encoders:
         for name, key in component.keys.items() if component.table else ():
-            right = (component.prefix + name).removeprefix(wrapper if model.clip else "")
+            right = (component.prefix + name).removeprefix(wrapper)
             if key != right:
                 renames[key] = right
         for key in component.stray:

@@ -110,6 +110,7 @@ def _verified(found: Verification) -> dict[str, Any]:
         "findings": [_finding(each, model) for each in found.findings],
         "mended": [_finding(each, model) for each in found.mended],
         "output": str(found.output) if found.output else None,
+        "error": found.failure.as_json() if found.failure else None,
     }
 
 

@@ -90,19 +90,20 @@ def _given(subject: Subject, name: str) -> Mend | None:
     parts = [part for part in subject.known if part in _expected(subject)]
     if not parts:
         return None
-    steps = [("replace", "--component", part, "--from", str(subject.path)) for part in parts]
+    steps = [("replace", "--component", part, "--from", subject.named) for part in parts]
     words = [word for step in steps for word in ("+", *step)][1:]
     return Mend(("sdsurgery", "pipe", DONOR, "-o", subject.beside, *words))
 
 
 def keys(subject: Subject) -> Iterator[Finding]:
     """Names that nobody expects: wrapped, twice, unknown, or of another dialect."""
-    model, clip = subject.model, subject.model.clip
+    model = subject.model
     if model.wrapper:
         message = f"all keys begin with {model.wrapper!r}"
         lone = next(iter(model.networks)) if len(model.networks) == 1 else None
         mend = subject.command("extract", "--component", lone) if lone else None
-        mend = subject.command("fix-clip", safe=True) if clip else mend
+        texts = any(name in subject.known for name in TEXT_ENCODERS)
+        mend = subject.command("fix-clip", safe=True) if texts else mend
         yield from subject.finding("key-wrapped", message, seen=model.wrapper, mend=mend)
     for name in TEXT_ENCODERS:
         found = model.components.get(name)

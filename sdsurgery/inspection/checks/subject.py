@@ -60,7 +60,7 @@ class Subject:
 
     def command(self, *words: str, safe: bool = False) -> Mend:
         """A command on this model that writes its result beside it."""
-        return Mend(("sdsurgery", words[0], str(self.path), *words[1:]), safe)
+        return Mend(("sdsurgery", words[0], self.named, *words[1:]), safe)
 
     @cached_property
     def convertible(self) -> bool:
@@ -84,9 +84,14 @@ class Subject:
         return frozenset(name for name, dtype in tensors if dtype.kind == "float" and dtype.numpy is None)
 
     @property
+    def named(self) -> str:
+        """The model as a word of a command."""
+        return _word(self.path)
+
+    @property
     def beside(self) -> str:
         """Where a mended model goes."""
-        return str(beside(self.path, "fixed", folder=self.checkpoint.folder is not None))
+        return _word(beside(self.path, "fixed", folder=self.checkpoint.folder is not None))
 
     def rewritten(self) -> Mend | None:
         """The same model, written anew beside it: safetensors, and in a folder what a folder should hold."""
@@ -112,6 +117,12 @@ class Subject:
     def known(self) -> dict[str, Component]:
         """The networks of which it is known what they should hold."""
         return {name: found for name, found in self.model.networks.items() if found.table}
+
+
+def _word(path: Path) -> str:
+    """A path that no command line takes for an option."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def listed(items: Iterable[object], most: int = 8) -> str:
