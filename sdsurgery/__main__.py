@@ -37,8 +37,10 @@ class PatientStream(io.TextIOWrapper):
             os.close(nowhere)
 
     @classmethod
-    def around(cls, stream: TextIO) -> Self:
-        """The same stream, patient."""
+    def around(cls, stream: TextIO | None) -> Self:
+        """The same stream, patient; where there is none, one that nobody reads."""
+        if stream is None:
+            return cls(open(os.devnull, "wb"), encoding="utf-8")
         return cls(stream.buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream.isatty())
 
 

@@ -184,8 +184,12 @@ def one(*words: str | Path, code: int | None = None) -> Any:
     return entry
 
 
+NARROW = {"tokenizer-vocabulary"}
+"""What every narrow model in a folder trips: it has fewer tokens than CLIP's tokenizer."""
+
+
 def ids(entry: Any) -> set[str]:
-    return {found["id"] for found in entry["findings"]}
+    return {found["id"] for found in entry["findings"]} - NARROW
 
 
 # ---------------------------------------------------------------- the table
@@ -462,7 +466,7 @@ CASES = [
           "seen": CLIP + "embeddings.position_ids"}),
     Case("key-dialect", lambda at: at.rewritten("text_encoder/model.safetensors", lambda own: {
          key.removeprefix("text_model."): value for key, value in own.items()}),
-         {"component": "text_encoder", "severity": "error"}, Workshop.folder),
+         {"component": "text_encoder"}, Workshop.folder),
     Case("ema-incomplete", lambda at: at.file(model() | dict(list(synthetic.ema(model()))[5:])), {"component": "ema"},
          also=frozenset({"leftovers"})),
     Case("leftovers", lambda at: at.file(model() | dict(synthetic.ema(model()))), {"component": "ema"}),
@@ -491,7 +495,7 @@ CASES = [
     Case("position-ids-wrong", lambda at: at.file(model() | {SD1_IDS: np.full((1, 77), np.nan, np.float32)})),
     Case("position-ids-dtype", lambda _: FIXTURES / "sd1-ids-wrong-dtype.safetensors",
          {"key": SD1_IDS, "seen": "F16[1, 77]"}),
-    *(Case("position-ids-stray", lambda _: FIXTURES / "clip-ids-unexpected.safetensors",
+    *(Case("position-ids-unneeded", lambda _: FIXTURES / "clip-ids-unexpected.safetensors",
            {"key": "text_model.embeddings.position_ids", "expected": "nothing"},
            lambda at: at.file(without(synthetic.part(model(), CLIP), "text_model.embeddings.position_ids")),
            options=options)
@@ -499,6 +503,9 @@ CASES = [
     Case("position-ids-stray", lambda _: FIXTURES / "sd2-stray-ids.safetensors", {"component": "text_encoder"},
          lambda at: at.file(model("sd2"))),
     # ------------------------------------------------------------ dtypes
+    *(Case("weight-kind", lambda at, kind=kind: at.file(model() | {BIAS: np.zeros(4, kind)}),
+           {"key": BIAS, "component": "unet", "expected": "a float"}, donor=other())
+      for kind in ("int8", "bool", "uint64", "complex64")),
     Case("dtype-asked", Workshop.file, {"expected": "F32", "seen": "F16"}, lambda at: at.file(model(dtype="float32")),
          count=1130, options=("--dtype", "fp32")),
     Case("dtype-asked", lambda at: at.file(model() | {WEIGHT: model(dtype="float32")[WEIGHT]}),
@@ -508,16 +515,18 @@ CASES = [
          also=frozenset({"value-unread"}), options=("--dtype", "fp16"), mend=False),
     Case("dtype-mixed", lambda at: at.file(model() | {WEIGHT: model(dtype="float32")[WEIGHT]}),
          {"key": None, "component": "unet", "seen": "685 F16, 1 F32"}),
-    Case("schedule-dtype", _half_schedule, {"key": "alphas_cumprod", "expected": "F32", "seen": "F16"},
-         lambda at: at.file(model() | synthetic.schedule())),
-    Case("schedule-dtype", _bf16_schedule, {"key": "alphas_cumprod", "seen": "BF16"}),
+    Case("schedule-dtype", _half_schedule, {"expected": "F32", "seen": "F16"},
+         lambda at: at.file(model() | synthetic.schedule()), count=12),
+    Case("schedule-dtype", _bf16_schedule, {"seen": "BF16"}, count=12),
+    Case("schedule-dtype", lambda at: at.file(_with_schedule(lambda own: own | {
+         "betas": own["betas"].astype(np.float16)})), {"key": "betas"}),
     # ------------------------------------------------------------ values
     Case("value-nan", lambda at: at.file(spoilt(WEIGHT, np.nan)), {"key": WEIGHT, "component": "unet", "seen": "1"},
          donor=other()),
     Case("value-nan", lambda at: at.file(spoilt(VAE_WEIGHT, np.nan)), {"key": VAE_WEIGHT, "component": "vae"},
          donor=lambda _: FIXTURES / "vae.safetensors"),
     Case("value-nan", lambda at: at.file(model() | {"junk": np.array([np.nan], np.float32)}),
-         {"key": "junk", "component": "other"}, also=frozenset({"key-unknown"})),
+         {"key": "junk", "component": "other", "severity": "note"}, also=frozenset({"key-unknown"})),
     Case("value-nan", lambda at: at.file(model() | {UNET + "junk": np.array([np.nan], np.float32)}),
          {"key": UNET + "junk", "component": "unet"}, also=frozenset({"key-unknown"}), donor=other()),
     Case("value-nan", lambda at: at.file(_strange_vae() | {VAE + "encoder.x": np.array([np.nan], np.float16)}),
@@ -525,10 +534,10 @@ CASES = [
     Case("value-infinite", lambda at: at.file(spoilt(WEIGHT, -np.inf)),
          {"key": WEIGHT, "component": "unet", "seen": "1"}, donor=other()),
     Case("value-infinite", lambda at: at.file(model() | dict(synthetic.ema(model())) | {
-         "model_ema.decay": np.array(np.inf, np.float32)}), {"key": "model_ema.decay", "component": "ema"},
-         also=frozenset({"leftovers"})),
+         "model_ema.decay": np.array(np.inf, np.float32)}),
+         {"key": "model_ema.decay", "component": "ema", "severity": "note"}, also=frozenset({"leftovers"})),
     Case("value-infinite", lambda at: at.file(model() | {"loss.logvar": np.array(np.inf, np.float32)}),
-         {"key": "loss.logvar"}, also=frozenset({"leftovers"})),
+         {"key": "loss.logvar", "severity": "note"}, also=frozenset({"leftovers"})),
     Case("value-unread", _four_bits, {"component": "text_encoder"}, count=196),
     Case("value-unread", lambda at: by_hand(at.place / "model.safetensors", raw_arrays(model()) | {
          "loss.six": ("F6_E3M2", (4,), bytes(3))}), {"key": "loss.six"}, also=frozenset({"leftovers"})),
@@ -545,6 +554,15 @@ CASES = [
          "alphas_cumprod": own["alphas_cumprod"] * 2})), {"key": "alphas_cumprod"}),
     Case("schedule-values", lambda at: at.file(_with_schedule(lambda own: own | {
          "alphas_cumprod": np.full(1000, np.nan, np.float32)})), also=frozenset({"value-nan"})),
+    *(Case("schedule-values", lambda at, key=key, made=made: at.file(_with_schedule(lambda own: own | {
+           key: made.astype(np.float32)})), {"key": key})
+      for key, made in [
+          ("alphas_cumprod", np.linspace(0.5, 0.4, 1000)),
+          ("alphas_cumprod", synthetic.schedule()["alphas_cumprod"] * 0.5),
+          ("betas", np.zeros(1000)),
+          ("sqrt_alphas_cumprod", np.full(1000, 7)),
+          ("alphas_cumprod_prev", synthetic.schedule()["alphas_cumprod"]),
+      ]),
     # ------------------------------------------------------------ metadata
     Case("metadata-hash", _hashed("modelspec.hash_sha256", lambda _: "0x" + "ab" * 32),
          {"key": "modelspec.hash_sha256", "seen": "ab" * 32}, _hashed("modelspec.hash_sha256", "0x{}".format)),
@@ -556,8 +574,8 @@ CASES = [
          "modelspec.architecture": "stable-diffusion-xl-v1-base"}),
          {"key": "modelspec.architecture", "expected": "stable-diffusion-v1", "seen": "stable-diffusion-xl-v1-base"},
          lambda at: at.file(metadata={"modelspec.architecture": "stable-diffusion-v1"})),
-    Case("metadata-architecture", lambda at: at.file(model("sd2"), {"modelspec.architecture": "Flux.1-dev"}),
-         {"expected": "stable-diffusion-v2-512", "seen": "Flux.1-dev"},
+    Case("metadata-architecture", lambda at: at.file(model("sd2"), {"modelspec.architecture": "stable-diffusion-v1"}),
+         {"expected": "stable-diffusion-v2-512", "seen": "stable-diffusion-v1"},
          lambda at: at.file(model("sd2"), {"modelspec.architecture": "stable-diffusion-v2-768-v"})),
     Case("metadata-architecture", lambda at: at.rewritten("unet/" + SINGLE, dict, {
          "modelspec.architecture": "stable-diffusion-xl-v1-base"}), {}, Workshop.folder),
@@ -593,6 +611,7 @@ NAMED = [pytest.param(case, id=f"{case.rule}-{number}") for number, case in enum
 
 def test_the_table_has_every_rule() -> None:
     others = {rule.id for rule in RULES.values() if rule.group in {"manifest", "signature"}}
+    others |= {"tokenizer-vocabulary", "config-invalid", "index-missing", "index-class"}  # test_verify_folders.py
     assert {case.rule for case in CASES} == RULES.keys() - others
     mended = {case.rule for case in CASES if case.mend} - NO_MEND
     assert RULES.keys() - others - mended == NO_MEND
@@ -605,7 +624,7 @@ def test_a_rule_finds_what_it_is_for(case: Case, at: Workshop, monkeypatch: pyte
     assert ids(entry) == {case.rule} | case.also
     found = [each for each in entry["findings"] if each["id"] == case.rule]
     assert len(found) == case.count
-    severity = RULES[case.rule].severity_in(entry["profile"])
+    severity = case.facts.get("severity", RULES[case.rule].severity_in(entry["profile"]))
     assert {name: found[0][name] for name in case.facts} == case.facts
     assert {each["severity"] for each in found} == {severity}
     assert case.rule in entry["rules"] or RULES[case.rule].group == "container"
@@ -698,7 +717,8 @@ def test_a_safety_checker_belongs_to_its_folder(spoil: bool, at: Workshop) -> No
     position_ids = {"vision_model.vision_model.embeddings.position_ids": np.arange(50)[None]}
     write(folder / "safety_checker" / "model.safetensors", {"concept_embeds": concepts} | position_ids)
     entry = one(folder, code=int(spoil))
-    assert [(each["id"], each["key"], each["mend"]) for each in entry["findings"]] == (
+    found = [each for each in entry["findings"] if each["id"] not in NARROW]
+    assert [(each["id"], each["key"], each["mend"]) for each in found] == (
         [("value-nan", "safety_checker/concept_embeds", None)] if spoil else []
     )
 
@@ -920,7 +940,7 @@ def fixture(name: str, at: Workshop, called: str = "model.safetensors") -> Path:
         ("sd1-ids-fractional.safetensors", "position-ids-wrong"),
         ("sd1-flat-text-encoder.safetensors", "key-dialect"),
         ("sd1-wrapped.safetensors", "key-wrapped"),
-        ("clip-ids-unexpected.safetensors", "position-ids-stray"),
+        ("clip-ids-unexpected.safetensors", "position-ids-unneeded"),
     ],
 )
 def test_fix_mends_beside_the_model(name: str, mended: str, at: Workshop) -> None:
@@ -1137,7 +1157,7 @@ def test_hostile_names_are_printed_harmlessly(at: Workshop) -> None:
     assert "value-nan" in result.out
     assert all(line.isprintable() for line in result.out.split("\n"))
     assert cli("verify", path, "--json").out.isascii()
-    assert {each["key"] for each in one(path)["findings"]} == {HOSTILE, UNET + HOSTILE, "modelspec.architecture"}
+    assert {each["key"] for each in one(path)["findings"]} == {HOSTILE, UNET + HOSTILE}
     stale = cli("verify", path, "--allow", "value-nan:\x1b[31m\u202e")
     assert all(line.isprintable() for line in stale.err.split("\n"))
 

@@ -57,6 +57,9 @@ class _Options:
                 "what is mended isn't what was published any more",
                 remedy="leave out --fix, or --manifest and --signature",
             )
+        places = [place.absolute() for place in self.reports.values()]
+        if len(set(places)) < len(places):
+            raise UsageError("two reports would be one file", remedy="give each a name of its own")
         if (self.in_place or self.force) and not self.fix:
             raise UsageError("only --fix writes a model", remedy="leave out --in-place and --force, or add --fix")
 
@@ -142,19 +145,21 @@ def verify_command(context: click.Context, /, models: tuple[Path, ...], **option
     """
     asked = _Options(**options)
     paths = [found for path in models for found in models_in(path)]
+    inputs = [*paths, *asked.inputs]
     for kind, place in asked.reports.items():
-        files.refuse(place, [*paths, *asked.inputs], kind)
-    allowances = [allowing.allowance(text.replace(":", " ", 1)) for text in asked.allow]
+        files.refuse(place, inputs, kind)
+    allowances = [allowing.allowance(*text.partition(":")[::2]) for text in asked.allow]
     allowances += [each for path in asked.allow_lists for each in allowing.allow_list(path)]
     known = allowing.baseline(asked.baseline) if asked.baseline else frozenset()
     request = _request(asked)
     with listening(quiet=asked.quiet):
         found = [allowing.allowed(each, allowances, known) for each in verify(paths, request)]
+    seen = list(found)
     if asked.fix:
         found = [allowing.allowed(_fixed(context, each, request, asked), allowances, known) for each in found]
-    _report(found, asked)
+    _report(found, asked, inputs)
     if not asked.quiet:
-        for each in allowing.unused(allowances, found):
+        for each in allowing.unused(allowances, [*seen, *found]):
             click.echo(terminal.printable(f"warning: allowed, but not found: {each}"), err=True)
     return exit_code(found, asked.fail_on)
 
@@ -174,9 +179,11 @@ def _signature(asked: _Options) -> Callable[[Path], list[Finding]] | None:
     return lambda path: verify_signature(path, signature, key)
 
 
-def _report(found: Sequence[Verification], asked: _Options) -> None:
+def _report(found: Sequence[Verification], asked: _Options, inputs: Sequence[Path]) -> None:
     """Every report that is asked for; what goes to stdout last."""
+    written = [each.output for each in found if each.output]
     for kind, place in asked.reports.items():
+        files.refuse(place, [*inputs, *written], kind)
         files.write(place, _rendered(kind, found, asked.fail_on))
     if asked.as_json:
         click.echo(documents.text(documents.verification(found, asked.fail_on)))
@@ -212,12 +219,14 @@ def _fixed(context: click.Context, found: Verification, request: Request, asked:
     words = dict.fromkeys((each.mend.command[1], *each.mend.command[3:]) for each in wanted if each.mend)
     operations = [parsed_operation(context, list(command), options) for command in words]
     try:
-        target = carry_out(found.path, operations, options, label="fixed").target
+        done = carry_out(found.path, operations, options, label="fixed")
     except SurgeryError as error:  # the other models' reports are worth having all the same
         click.echo(terminal.error(error), err=True)
         return replace(found, failure=error)
     with listening(quiet=asked.quiet):
-        (after,) = verify([target], request)
+        (after,) = verify([done.target], request)
+    for line in terminal.warnings(done.checkpoint, done.lost):
+        click.echo(line, err=True)
     left = {(each.id, each.key) for each in after.findings}
     mended = tuple(each for each in wanted if (each.id, each.key) not in left)
-    return replace(after, path=found.path, output=target, mended=mended)
+    return replace(after, path=found.path, output=done.target, mended=mended)

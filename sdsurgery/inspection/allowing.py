@@ -42,30 +42,32 @@ class Allowance:
         return self.rule if self.pattern == "*" else f"{self.rule} {self.pattern}"
 
 
-def allowance(text: str, where: Path | None = None) -> Allowance:
-    """One line of an allow list: ``ID [PATTERN] [# REASON]``.
+def allowance(rule: str, pattern: str = "", reason: str = "", where: Path | None = None) -> Allowance:
+    """What is allowed, in parts; without a pattern, all findings of the rule.
 
     Raises:
         UsageError: If there is no such rule.
     """
-    entry, _, reason = text.partition("#")
-    words = entry.split(None, 1)
-    if not words or words[0] not in RULES:
-        raise UsageError(
-            f"{words[0] if words else text!r} is no id of a finding", file=where, remedy="see: sdsurgery verify --rules"
-        )
-    return Allowance(words[0], words[1].strip() if len(words) > 1 else "*", reason.strip() or "allowed")
+    if rule not in RULES:
+        remedy = "see: sdsurgery verify --rules"
+        raise UsageError(f"{rule!r} is no id of a finding", file=where, remedy=remedy)
+    return Allowance(rule, pattern.strip() or "*", reason.strip() or "allowed")
 
 
 def allow_list(path: Path) -> list[Allowance]:
-    """The allowances in a file, one a line; empty lines and lines that begin with ``#`` are comments.
+    """The allowances in a file, ``ID [PATTERN] [# REASON]`` a line; other lines may be empty or a comment.
 
     Raises:
         UsageError: If a line names no rule.
         CorruptError: If it is no text.
     """
-    lines = (line.strip() for line in _text(path).splitlines())
-    return [allowance(line, path) for line in lines if line and not line.startswith("#")]
+    found = []
+    for line in _text(path).splitlines():
+        entry, _, reason = line.partition("#")
+        words = entry.split(None, 1)
+        if words:
+            found.append(allowance(words[0], "".join(words[1:]), reason, path))
+    return found
 
 
 def baseline(path: Path) -> frozenset[str]:
@@ -87,7 +89,7 @@ def _text(path: Path) -> str:
     try:
         if file.size > _LARGEST:
             raise CorruptError(f"{file.size:,} bytes are too many", file=path, remedy="name another file")
-        return file.read(0, file.size).decode()
+        return file.read(0, file.size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorruptError("it is no text", file=path, remedy="name another file") from error
     finally:

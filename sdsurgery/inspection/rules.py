@@ -111,6 +111,10 @@ _LIST = (
         "It doesn't fit the rest of its component, or the folder's config.",
     ),
     Rule(
+        "weight-kind", "structure", "error", "A weight that is no float",
+        "Integers, booleans or complex numbers where a network has floats: no loader computes with them.",
+    ),
+    Rule(
         "key-wrapped", "structure", "error", "All keys have a prefix that no loader expects",
         "What a parallel trainer leaves in front of the names, such as 'module.'.",
     ),
@@ -128,7 +132,7 @@ _LIST = (
         "As old anime models have them, and files made of what transformers 5 saves: diffusers' from_single_file "
         "fails, transformers before 5 loads a random encoder from such a folder, and only warns. The webuis mend it "
         "as they load.",
-        {"a1111": "note", "comfyui": "note", "diffusers": "error", "kohya": "error"},
+        {"a1111": "note", "comfyui": "note", "kohya": "error"},
     ),
     Rule(
         "ema-incomplete", "structure", "note", "The EMA weights are not whole",
@@ -171,8 +175,13 @@ _LIST = (
         {"comfyui": "note", "diffusers": "note"},
     ),
     Rule(
+        "position-ids-unneeded", "position-ids", "note", "Position ids that the layout doesn't hold",
+        "They are right, and transformers ignores them since 4.31; folders saved before carry them. A strict load of "
+        "the text encoder alone fails.",
+    ),
+    Rule(
         "position-ids-stray", "position-ids", "warning", "Position ids where none belong",
-        "In a diffusers folder a strict load fails; an OpenCLIP text encoder has none at all.",
+        "An OpenCLIP text encoder has none, and no loader looks for them elsewhere.",
         {"comfyui": "note"},
     ),
     # ---------------------------------------------------------------- dtypes
@@ -219,7 +228,8 @@ _LIST = (
     ),
     Rule(
         "schedule-values", "values", "warning", "A noise schedule that is none",
-        "alphas_cumprod falls from nearly one to nearly zero; a merge that adds or subtracts models breaks that.",
+        "alphas_cumprod falls from nearly one to nearly zero, and the other buffers follow from it; a merge that adds "
+        "or subtracts models breaks that.",
         {"diffusers": _OFF, "comfyui": _OFF},
     ),
     # ---------------------------------------------------------------- metadata
@@ -239,7 +249,7 @@ _LIST = (
     # ---------------------------------------------------------------- folder
     Rule(
         "config-missing", "folder", "error", "A component without a config",
-        "from_pretrained can't load it.", {"a1111": "warning", "comfyui": "warning", "kohya": "error"},
+        "from_pretrained can't load it.", {"a1111": "warning", "comfyui": "warning"},
     ),
     Rule(
         "config-contradicts", "folder", "error", "A config that isn't that of the weights",
@@ -257,6 +267,23 @@ _LIST = (
     Rule(
         "tokenizer-length", "folder", "warning", "A tokenizer without a limit",
         "Without model_max_length: 77 in tokenizer_config.json, generating a picture ends in an error.",
+    ),
+    Rule(
+        "tokenizer-vocabulary", "folder", "note", "Tokenizer and text encoder disagree about the tokens",
+        "The text encoder has another number of tokens than the tokenizer: some have no embedding, or an embedding has "
+        "no token. Models with added tokens are meant so.",
+    ),
+    Rule(
+        "config-invalid", "folder", "error", "A config that no library accepts",
+        "A class that doesn't exist, a number of heads or groups that doesn't divide the width: from_pretrained fails.",
+    ),
+    Rule(
+        "index-missing", "folder", "error", "The index names a part that isn't there",
+        "from_pretrained fails.",
+    ),
+    Rule(
+        "index-class", "folder", "warning", "The index names a class of another family",
+        "from_pretrained fails, or loads what draws something else.",
     ),
     # ---------------------------------------------------------------- manifest
     Rule("tensor-missing", "manifest", "error", "A tensor of the manifest is missing", "The model isn't whole."),

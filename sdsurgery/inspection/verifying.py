@@ -27,6 +27,8 @@ SIGNATURE = "signature"
 """What stands for the profile where nothing but a manifest or a signature is asked after."""
 
 _MOST_THREADS = 4
+_MOST_FILES = 16
+"""Files that are open at a time, if no folder has more; some systems allow a few dozen."""
 
 _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     structure.container,
@@ -55,7 +57,8 @@ class Request:
     Attributes:
         profile: Whose needs count; the layout's own unless given.
         dtype: What all weights should be.
-        manifest: What the model should be. With one or with a signature, the checks run only if a profile is named.
+        manifest: What the model should be. With one or with a signature, the checks run only if a profile or a dtype
+            is named.
         signature: Checks a model's signature, and tells what isn't as it was signed.
     """
 
@@ -67,7 +70,7 @@ class Request:
     @property
     def checks(self) -> bool:
         """Whether the checks run."""
-        return self.profile is not None or not (self.manifest or self.signature)
+        return self.profile is not None or self.dtype is not None or not (self.manifest or self.signature)
 
 
 @dataclass
@@ -90,8 +93,8 @@ def verify(paths: Sequence[Path], request: Request) -> list[Verification]:
     What can't be opened or read is a finding, and the others are checked all the same.
     """
     cases = [_begun(path, request) for path in paths]
-    if request.checks:
-        _read_values([case for case in cases if case.subject])
+    for batch in _batches([case for case in cases if case.subject]):
+        _read_values(batch)
     for case in cases:
         _compare(case, request)
     return [_done(case, request) for case in cases]
@@ -148,6 +151,20 @@ _ON_OPENING = ("container-suffix", "pickle", "non-tensors")
 
 def _rules(group: Group, without: Sequence[str] = ()) -> list[str]:
     return [rule.id for rule in RULES.values() if rule.group == group and rule.id not in without]
+
+
+def _batches(cases: list[_Case]) -> Iterator[list[_Case]]:
+    """The models in order, a few at a time: what is read stays open until all of its batch is."""
+    batch: list[_Case] = []
+    files = 0
+    for case in cases:
+        batch.append(case)
+        files += len(_subject(case).checkpoint.files)
+        if files >= _MOST_FILES:
+            yield batch
+            batch, files = [], 0
+    if batch:
+        yield batch
 
 
 def _read_values(cases: list[_Case]) -> None:

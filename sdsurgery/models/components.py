@@ -23,6 +23,10 @@ SCHEDULE_BUFFERS = (
 MARKERS = frozenset({"v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"})
 """Tensors of no or one element that tell a loader how the model was trained."""
 
+KNOWN_EXTRAS = ("depth_model.", "denoiser.sigmas", "scaled_fp8")
+"""What published files carry beside their networks, and some loader asks for: SD2-depth's depth estimator, the noise
+levels that sgm's denoiser registers, ComfyUI's mark of scaled fp8 weights."""
+
 TRAINING_PREFIXES = ("loss.", "optimizer.", "optimizer_states.", "lr_schedulers.", "callbacks.")
 """What training leaves behind at the top of a state dict."""
 

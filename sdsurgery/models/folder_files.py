@@ -17,13 +17,16 @@ from .identify import Model
 from .known import latent_space, provenance_of_vae
 from .position_ids import values
 from .stated import INDEX, Stated, silent_fields
-from .tokenizer import tokenizer_files
-from .walks import ClipConfig, Config, OpenClipConfig, UNetConfig, VaeConfig
+from .tokenizer import indented, tokenizer_files
+from .walks import ClipConfig, Config, Layout, OpenClipConfig, UNetConfig, VaeConfig
 
 INDEX_NAME = "model_index.json"
 
 # ComfyUI's rule for SD2: the v-prediction models have learned a wider bias here.
-_TELLING_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_TELLING_BIAS: Mapping[Layout, str] = {
+    "ldm": "output_blocks.11.1.transformer_blocks.0.norm1.bias",
+    "diffusers": "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+}
 _TELLING_SPREAD = 0.09
 
 _HEAD_WIDTH = 64
@@ -71,7 +74,7 @@ def prediction(checkpoint: Checkpoint, model: Model, stated: Stated) -> Predicti
     if "v_pred" in markers:
         return Prediction("v_prediction", zero_snr, "the file has the marker v_pred")
     unet = model.components.get("unet")
-    key = unet.keys.get(_TELLING_BIAS) if unet and unet.layout == "ldm" else None
+    key = unet.keys.get(_TELLING_BIAS[unet.layout]) if unet else None
     if model.family == "sd2" and key:
         found = values(checkpoint[key])
         spread = pstdev(found) if found and all(map(math.isfinite, found)) else math.nan
@@ -107,13 +110,21 @@ class FolderFiles:
         networks = self.model.networks
         if len(networks) == 1:
             (component,) = networks.values()
-            return {CONFIG_NAME: _text(self.config(component))}
+            return {CONFIG_NAME: indented(self.config(component))}
+        return self.of_pipeline()
+
+    def of_pipeline(self) -> dict[str, bytes]:
+        """Content by name of a whole pipeline's files, however few of its networks there are.
+
+        One of no known kind gets no config.
+        """
+        networks = {name: found for name, found in self.model.networks.items() if found.config is not None}
         family = self.model.base_family
-        files = {f"{name}/{CONFIG_NAME}": _text(self.config(found)) for name, found in networks.items()}
+        files = {f"{name}/{CONFIG_NAME}": indented(self.config(found)) for name, found in networks.items()}
         scheduler = self.scheduler()
-        files[f"scheduler/{SCHEDULER_CONFIG_NAME}"] = _text(scheduler)
+        files[f"scheduler/{SCHEDULER_CONFIG_NAME}"] = indented(scheduler)
         files |= dict(self._tokenizers(family))
-        files[INDEX_NAME] = _text(self._index(scheduler))
+        files[INDEX_NAME] = indented(self._index(scheduler))
         return files
 
     def _family_of(self, component: Component) -> str:
@@ -273,7 +284,8 @@ class FolderFiles:
         for name in stock(family)["tokenizers"]:
             there = name.replace("tokenizer", "text_encoder") in self.model.components
             parts[name] = ["transformers", "CLIPTokenizer"] if there else [None, None]
-        parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        kind = scheduler.get("_class_name")
+        parts["scheduler"] = ["diffusers", kind if isinstance(kind, str) else stock(family)["scheduler"]["_class_name"]]
         absent = [name for name in NETWORKS if name in stock(family)["components"] and parts[name] == [None, None]]
         if absent:
             message = f"it has no {', '.join(absent)}: who loads the folder must give one"
@@ -285,13 +297,13 @@ class FolderFiles:
         found = self.model.components.get(name)
         if found is None:
             return [None, None]
-        if isinstance(found.config, UNetConfig):
-            return ["diffusers", "UNet2DConditionModel"]
-        if isinstance(found.config, VaeConfig):
-            return ["diffusers", "AutoencoderKL"]
+        if name in _LOADED_BY:
+            return ["diffusers", _LOADED_BY[name]]
         projected = name == "text_encoder_2" or (isinstance(found.config, ClipConfig) and found.config.projected)
         return ["transformers", "CLIPTextModelWithProjection" if projected else "CLIPTextModel"]
 
+
+_LOADED_BY = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 
 _VOCABULARY = 49408
 _MOST_IN_MARKER = 64
@@ -300,7 +312,3 @@ _MOST_IN_MARKER = 64
 def _heads(width: int, fewest: int) -> int:
     """Heads of 64, or as many as divide the width."""
     return width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else math.gcd(width, fewest)
-
-
-def _text(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

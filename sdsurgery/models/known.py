@@ -83,7 +83,7 @@ def latent_space(family: str) -> str | None:
 
 def family_of_architecture(architecture: str) -> str | None:
     """The family that ModelSpec's ``architecture`` names, such as ``stable-diffusion-v1/vae``."""
-    name = architecture.partition("/")[0]
+    name = architecture.partition("/")[0].lower()
     matches = (family for prefix, family in _ARCHITECTURES.items() if name.startswith(prefix))
     return next(matches, None)
 

@@ -99,7 +99,7 @@ class Convert(Operation):
         else:
             folder, notes = _completed(checkpoint, model, changes)
             if not converted.changes and not changes:
-                notes = [Note("it is in diffusers' layout already")]
+                notes = [Note("it is in diffusers' layout already"), *notes]
         return self._result(checkpoint, converted, changes, notes, folder=folder)
 
     def _to_ldm(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
@@ -189,7 +189,8 @@ def _completed(checkpoint: Checkpoint, model: Model, changes: list[Change]) -> t
     missing, notes = missing_files(checkpoint, model)
     for each in missing:
         if each.content is None:
-            notes.append(Note(f"{each.name} is missing, and isn't CLIP's", "warning", each.name))
+            wrong = f"can't be loaded ({each.wrong})" if each.wrong else "is missing"
+            notes.append(Note(f"{each.name} {wrong}, and isn't CLIP's", "warning", each.name))
         else:
             was = f"{folder.files[each.name].nbytes:,} bytes" if each.name in folder.files else None
             changes.append(Change(each.name, "replaced" if was else "added", was, f"{len(each.content):,} bytes"))

@@ -30,11 +30,17 @@ class Prune(Operation):
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """See :class:`Prune`."""
         model = identify(checkpoint)
+        if self.unknown and not model.networks:
+            message = "nothing in it is known, so that nobody can say what doesn't belong"
+            raise MismatchError(message, file=checkpoint.path, remedy="leave out --unknown")
         tensors, changes = dict(checkpoint), []
         if self.ema:
             changes += take_ema(checkpoint, model, tensors)
         notes = []
-        groups = [*training_groups(checkpoint, model), *([("unknown", unknown_keys(model))] if self.unknown else [])]
+        groups = [
+            *training_groups(checkpoint, model),
+            *([("unknown", unknown_keys(checkpoint, model))] if self.unknown else []),
+        ]
         for group, keys in groups:
             if group in self.keep or not keys:
                 continue

@@ -6,7 +6,7 @@ more likely a model than a page.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +17,13 @@ Format = Literal["html", "sarif", "junit", "markdown"]
 
 _BEGINNINGS: dict[Format, tuple[bytes, str]] = {
     "html": (b"<!doctype html", "HTML file"),
-    "sarif": (b"{", "SARIF file"),
+    "sarif": (b'{\n  "$schema": "https://json.schemastore.org/sarif', "SARIF file of ours"),
     "junit": (b"<?xml", "JUnit file"),
     "markdown": (b"### sdsurgery verify", "report in Markdown"),
 }
 
 
-def refuse(place: Path, inputs: Iterable[Path], kind: Format) -> None:
+def refuse(place: Path, inputs: Sequence[Path], kind: Format) -> None:
     """Refuse a place for a report before any work is done for it: an input, or whatever isn't such a report already.
 
     Raises:
@@ -34,6 +34,9 @@ def refuse(place: Path, inputs: Iterable[Path], kind: Format) -> None:
     try:
         if not place.parent.is_dir():
             raise OutputError("there is no such folder", file=place, remedy="make the folder first")
+        folder = place.parent.resolve()
+        if any(path.is_dir() and folder.is_relative_to(path.resolve()) for path in inputs):
+            raise OutputExistsError("it lies in a folder that is an input", file=place, remedy="choose another folder")
         if not place.exists():
             return
         if any(path.exists() and path.samefile(place) for path in inputs):

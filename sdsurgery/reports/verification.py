@@ -38,7 +38,8 @@ def _model(found: Verification, fail_on: FailOn, *, quiet: bool) -> Iterator[str
         yield printable(f"{found.path}{mended}: {_verdict(found, fail_on)}")
     for group in _grouped(wanted):
         for finding in group[:_SHOWN]:
-            yield printable(f"  {finding.severity:<7} {finding.id}: {finding.message}")
+            where = f"{finding.file}: " if finding.file and finding.file not in finding.message else ""
+            yield printable(f"  {finding.severity:<7} {finding.id}: {where}{finding.message}")
         if len(group) > _SHOWN:
             yield f"  {'':<7} {group[0].id}: … and {len(group) - _SHOWN} more; --json names all"
         yield from _remedy(group[0])
@@ -65,7 +66,8 @@ def _remedy(finding: Finding) -> Iterator[str]:
 
 def _verdict(found: Verification, fail_on: FailOn) -> str:
     what = ", ".join(text for text in (found.family, found.layout, found.container) if text)
-    facts = f" ({what}; profile {found.profile}; {human_bytes(found.nbytes)} read)" if what else ""
+    read = f"; {human_bytes(found.nbytes)} read" if found.nbytes else ""
+    facts = f" ({what}; profile {found.profile}{read})" if what else ""
     counts = [(found.count(severity), severity) for severity in ("error", "warning", "note")]
     told = ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for count, severity in counts if count)
     allowed = sum(bool(finding.allowed) for finding in found.findings)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from ...checkpoint import Checkpoint
 from ...models.folder_files import prediction
 from ...models.known import family_of_architecture
-from ...models.stated import Stated
+from ...models.stated import of_folder_files
 from ...sources import FileSlice, sweep
 from ..findings import Finding
 from .subject import Subject
@@ -36,7 +36,7 @@ def metadata(subject: Subject) -> Iterator[Finding]:
     family = subject.model.base_family
     claimed = family_of_architecture(stated) if stated else None
     right = _architecture(subject)
-    if stated and family not in {"unknown", claimed}:
+    if stated and claimed and family not in {"unknown", claimed}:  # a name that isn't known is no other family's
         message = f"the metadata say {stated}, and the weights are of {family}"
         mend = subject.command("metadata", "--set", f"{_PREFIX}architecture={right}", safe=True)
         facts = {"key": _PREFIX + "architecture", "expected": right, "seen": stated}
@@ -59,7 +59,7 @@ def _architecture(subject: Subject) -> str:
     """What the architecture is called; SD2's are told apart by what the UNet predicts."""
     family = subject.model.base_family
     if family == "sd2":
-        predicted = prediction(subject.checkpoint, subject.model, Stated()).type
+        predicted = prediction(subject.checkpoint, subject.model, of_folder_files(subject.checkpoint)).type
         return f"stable-diffusion-v2-{'768-v' if predicted == 'v_prediction' else '512'}"
     return _ARCHITECTURES.get(family, "ARCHITECTURE")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...checkpoint import AsideFile
 from ...containers.saving import SUFFIXES
 from ...models.components import EMA_SCALARS, Component
-from ...models.configs import NETWORKS, TEXT_ENCODERS
+from ...models.configs import TEXT_ENCODERS
 from ...models.folder_files import stock
 from ...models.identify import foreign_parts
 from ...models.known import latent_space, provenance_of_vae
@@ -52,12 +52,12 @@ def family(subject: Subject) -> Iterator[Finding]:
     evidence = "; ".join(model.evidence)
     foreign = foreign_parts(subject.checkpoint)
     if not model.networks or foreign or (model.family == "unknown" and subject.whole):
-        yield from subject.finding("family-unknown", evidence or "no tensor is in it")
+        remedy = "see what it holds: sdsurgery inspect"
+        yield from subject.finding("family-unknown", evidence or "no tensor is in it", remedy=remedy)
     for name, found in model.networks.items():
         if not found.table:
-            yield from subject.finding(
-                "component-unknown", f"its {name} is of no known kind; {evidence}", component=name
-            )
+            message, remedy = f"its {name} is of no known kind; {evidence}", "try it in the program it was made for"
+            yield from subject.finding("component-unknown", message, component=name, remedy=remedy)
 
 
 def components(subject: Subject) -> Iterator[Finding]:
@@ -65,12 +65,19 @@ def components(subject: Subject) -> Iterator[Finding]:
     for name in _expected(subject):
         if name not in subject.model.networks:
             message = f"a model of {subject.model.family} has a {name}, and this one hasn't"
-            yield from subject.finding("component-missing", message, component=name, mend=_given(subject, name))
+            mend, remedy = (
+                _given(subject, name),
+                "put the component's folder from the model it was made of beside the others",
+            )
+            facts = {"component": name, "remedy": None if mend else remedy}
+            yield from subject.finding("component-missing", message, mend=mend, **facts)
     for name, found in subject.known.items():
         mend = subject.replaced(name)
         for key in found.missing:
             yield from subject.finding("weight-missing", f"{key} is missing", key=key, component=name, mend=mend)
         for key, shape in found.misshapen(subject.checkpoint.tensors).items():
+            if (shape, subject.checkpoint[key].shape) == ((), (1,)):
+                continue  # torch takes one for the other, as files from before its 0.4 have it
             was, now = str(list(shape)), str(list(subject.checkpoint[key].shape))
             facts = {"key": key, "component": name, "expected": was, "seen": now}
             yield from subject.finding("weight-shape", f"{key} is {now} and should be {was}", mend=mend, **facts)
@@ -115,22 +122,14 @@ def keys(subject: Subject) -> Iterator[Finding]:
             mend = subject.command("fix-clip", safe=True)
             yield from subject.finding("key-dialect", message, key=odd[0], mend=mend, **facts)
     mend = subject.pruned("--unknown")
-    trained = {key for group, keys in training_groups(subject.checkpoint, model) if group == "training" for key in keys}
-    for key in unknown_keys(model) if model.networks else ():
-        if key in trained:
-            continue
+    for key in unknown_keys(subject.checkpoint, model):
         owner = subject.strays.get(key, "other")
-        if is_stray_ids(owner, key) or (owner == "other" and is_other_part(subject, key)):
-            continue  # see text.py; and a safety checker is no model's, but belongs to its folder
+        if is_stray_ids(owner, key):
+            continue  # see text.py
         twin = _twin(key, model.networks)
         rule = "key-duplicate" if twin else "key-unknown"
         message = f"{key} is {twin} under another name" if twin else f"{key} is nothing that {model.family} has"
         yield from subject.finding(rule, message, key=key, component=owner, expected=twin, mend=mend)
-
-
-def is_other_part(subject: Subject, key: str) -> bool:
-    """Whether a key is of a part of a folder that isn't looked into, such as a safety checker."""
-    return subject.checkpoint.folder is not None and "/" in key and key.partition("/")[0] not in NETWORKS
 
 
 def _twin(key: str, networks: dict[str, Component]) -> str | None:

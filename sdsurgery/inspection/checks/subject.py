@@ -49,7 +49,8 @@ class Subject:
         if self.checkpoint.folder:
             return not is_lone(self.checkpoint)
         placed = [name for name, found in self.model.networks.items() if found.prefix != self.model.wrapper]
-        return "unet" in placed or len(placed) > 1
+        # A UNet alone under its prefix is what ComfyUI loads as a diffusion model, and no other program does.
+        return len(placed) > 1 or (placed == ["unet"] and self.profile not in {"ldm", "comfyui"})
 
     def finding(self, rule: str, message: str, *, mend: Mend | None = None, **facts: str | None) -> Iterator[Finding]:
         """One finding, or none where the profile doesn't mind."""

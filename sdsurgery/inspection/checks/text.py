@@ -15,7 +15,7 @@ _RULES = {
     "wrong-values": ("position-ids-wrong", "the position ids have wrong values"),
     "fractional": ("position-ids-wrong", "the position ids are fractional"),
     "wrong-dtype": ("position-ids-dtype", "the position ids are right, but of another dtype"),
-    "unexpected": ("position-ids-stray", "the position ids are right, but this layout holds none"),
+    "unexpected": ("position-ids-unneeded", "the position ids are right, but this layout holds none"),
 }
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from dataclasses import replace
 
 from ...checkpoint import Tensor
 from ...models.components import MARKERS
 from ...models.known import latent_space
+from ...models.leftovers import is_other_part, training_groups
 from ...models.position_ids import values as elements
 from ..findings import Finding, Mend
 from ..known_components import published_vae, publisher, rules
 from ..values import Values, readable
-from .structure import is_other_part
+from .noise import faults
 from .subject import Subject
 
 _MOSTLY = 0.5
@@ -31,11 +32,12 @@ _LONGEST_SCHEDULE = 1 << 16
 def dtypes(subject: Subject) -> Iterator[Finding]:
     """Whether the weights are of the dtype that is asked for, and each component of one."""
     for name, found in subject.model.networks.items():
-        floats = {
-            key: subject.checkpoint[key].dtype
-            for key in found.keys.values()
-            if subject.checkpoint[key].dtype.kind == "float" and not key.endswith("position_ids")
-        }
+        kinds = {key: subject.checkpoint[key].dtype for key in found.keys.values() if not key.endswith("position_ids")}
+        floats = {key: dtype for key, dtype in kinds.items() if dtype.kind == "float"}
+        for key in kinds.keys() - floats.keys():
+            facts = {"key": key, "component": name, "expected": "a float", "seen": kinds[key].name}
+            mend = subject.replaced(name)
+            yield from subject.finding("weight-kind", f"{key} is {kinds[key].name}", mend=mend, **facts)
         for key, dtype in floats.items():
             if subject.dtype and dtype is not subject.dtype:
                 mend = subject.command("cast", _CAST_NAMES[subject.dtype.name]) if not subject.uncastable else None
@@ -51,24 +53,21 @@ def dtypes(subject: Subject) -> Iterator[Finding]:
 
 
 def schedule(subject: Subject) -> Iterator[Finding]:
-    """Whether the noise schedule's buffers, where they are there, can be one."""
+    """Whether the noise schedule's buffers, where they are there, are one."""
     found = subject.model.components.get("schedule")
-    key = found.keys.get("alphas_cumprod") if found else None
-    if found is None or key is None:
+    if found is None:
         return
-    tensor, mend = subject.checkpoint[key], subject.pruned(drop=["schedule"])
-    facts = {"key": key, "component": "schedule"}
-    if tensor.dtype.name in _HALVES:
-        message = f"{key} is {tensor.dtype}"
-        yield from subject.finding(
-            "schedule-dtype", message, expected="F32", seen=tensor.dtype.name, mend=mend, **facts
-        )
-    alphas = elements(tensor) if 0 < tensor.numel <= _LONGEST_SCHEDULE else []
-    falls = all(now <= before for before, now in pairwise(alphas))
-    sound = bool(alphas) and all(math.isfinite(alpha) for alpha in alphas) and falls
-    if not (sound and 1 >= alphas[0] > alphas[-1] >= 0):
-        message = f"{key} doesn't fall from nearly one to nearly zero"
-        yield from subject.finding("schedule-values", message, mend=mend, **facts)
+    mend, series = subject.pruned(drop=["schedule"]), {}
+    for name, key in found.keys.items():
+        tensor = subject.checkpoint[key]
+        if tensor.dtype.name in _HALVES:
+            facts = {"key": key, "component": "schedule", "expected": "F32", "seen": tensor.dtype.name}
+            yield from subject.finding("schedule-dtype", f"{key} is {tensor.dtype}", mend=mend, **facts)
+        elif tensor.numel <= _LONGEST_SCHEDULE:
+            series[name] = elements(tensor)
+    for name, message in faults(series).items():
+        key = found.keys[name]
+        yield from subject.finding("schedule-values", f"{key} {message}", mend=mend, key=key, component="schedule")
 
 
 def vae_figure(subject: Subject) -> Iterator[Finding]:
@@ -107,10 +106,13 @@ def values(subject: Subject, found: Mapping[str, Values], owner: Mapping[str, st
     """What the values of the weights tell."""
     for key in unreadable_keys(subject):
         message = f"{key} is {subject.checkpoint[key].dtype}, whose values nobody here can read"
-        yield from subject.finding("value-unread", message, key=key, component=owner.get(key, "other"))
+        facts = {"key": key, "component": owner.get(key, "other"), "remedy": "check it with the program that wrote it"}
+        yield from subject.finding("value-unread", message, mend=None, **facts)
     for key, seen in found.items():
         component, tensor = owner.get(key, "other"), subject.checkpoint[key]
-        yield from _broken(subject, key, component, seen)
+        for finding in _broken(subject, key, component, seen):
+            loaded = component in subject.model.networks or is_other_part(subject.checkpoint, key)
+            yield finding if loaded else replace(finding, severity="note")
         if component in subject.model.networks and seen.numel >= _FEWEST:
             yield from _odd(subject, key, component, tensor, seen)
 
@@ -150,6 +152,9 @@ def _without(subject: Subject, component: str, key: str) -> Mend | None:
         return subject.replaced(component)
     if component in {"ema", "schedule"}:
         return subject.pruned(drop=[component])
-    if is_other_part(subject, key):
+    if is_other_part(subject.checkpoint, key):
         return None
-    return subject.pruned("--unknown", drop=["training"])
+    trained = dict(training_groups(subject.checkpoint, subject.model))["training"]
+    if key in trained:
+        return subject.pruned(drop=["training"])
+    return subject.pruned("--unknown")
