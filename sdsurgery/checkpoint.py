@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .dtypes import BY_NUMPY, BY_TORCH, DType
 from .sources import CHUNK, Buffer, Computed, Data, InMemory, SourceFile
@@ -225,6 +225,13 @@ class WeightFile:
         return {self.prefix + key: tensor for key, tensor in self.checkpoint.items()}
 
 
+class FolderGraphs(Protocol):
+    """What adds graphs to a folder that is written; see ``graphs/files.py``."""
+
+    def add_to(self, plan: Any, checkpoint: Checkpoint) -> None:
+        """Add them to what is planned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Folder:
     """What a model folder is besides its tensors.
@@ -233,11 +240,13 @@ class Folder:
         files: Those that hold no weights (configs, tokenizers), by their names relative to the folder, with ``/``.
         weights: Those that do, as they were opened; none in a folder that is yet to be written.
         indexes: The files that say in which shard a tensor lies, by their names, for components that are sharded.
+        graphs: What adds ONNX graphs when it is written, if it is to have any.
     """
 
     files: Mapping[str, Data]
     weights: tuple[WeightFile, ...] = ()
     indexes: Mapping[str, Data] = field(default_factory=dict)
+    graphs: FolderGraphs | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,6 +118,7 @@ BY_NUMPY = {dtype.numpy: dtype for dtype in _TABLE if dtype.numpy is not None}
 SAFETENSORS_RANK = {dtype.name: rank for rank, dtype in enumerate(_TABLE) if dtype.storable}
 
 I64 = BY_NAME["I64"]
+I32 = BY_NAME["I32"]
 F32 = BY_NAME["F32"]
 F16 = BY_NAME["F16"]
 BF16 = BY_NAME["BF16"]

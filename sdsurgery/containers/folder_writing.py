@@ -33,11 +33,15 @@ class Plan:
 
     Attributes:
         outputs: Of each file, by its name, what it consists of.
+        twice: Second names of files, with the first ones.
+        hard_links: Whether the two may be one file.
         kept: Names that are taken over from the folder that is replaced, as they are.
         changes: What isn't carried over, and metadata that would have been false.
     """
 
     outputs: dict[str, tuple[Data, ...]] = field(default_factory=dict)
+    twice: dict[str, str] = field(default_factory=dict)
+    hard_links: bool = True
     kept: list[str] = field(default_factory=list)
     changes: tuple[Change, ...] = ()
 
@@ -128,8 +132,10 @@ def plan(
             changes += stale
     for name, data in checkpoint.folder.files.items():
         made.add(name, (data,))
+    if checkpoint.folder.graphs is not None:
+        checkpoint.folder.graphs.add_to(made, checkpoint)
     beside = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside if entry.name not in survives]
-    made.changes = tuple(dict.fromkeys([*beside, *changes]))
+    made.changes = tuple(dict.fromkeys([*beside, *changes, *made.changes]))
     if in_place:
         files = [entry.name for entry in checkpoint.aside if isinstance(entry, AsideFile)]
         made.kept = [name for name in files if name in survives and name not in made.outputs]
@@ -352,6 +358,8 @@ def write(checkpoint: Checkpoint, target: Path, made: Plan, *, replace: bool) ->
             out.write(name, copied[name])
             for file in {file for part in copied[name] for file in part.files} & mine:
                 file.close()
+        for name, first in made.twice.items():
+            out.again(name, first, link=made.hard_links)
         for name in made.kept:
             if os.path.lexists(real / name):
                 out.keep(name)
@@ -383,7 +391,7 @@ def _is_origin(checkpoint: Checkpoint, target: Path) -> bool:
     """Whether that is the very folder that the checkpoint was opened from."""
     origin = checkpoint.origin
     try:
-        return origin is not None and origin.container == NAME and origin.path.samefile(target)
+        return origin is not None and folders.is_folder(origin.container) and origin.path.samefile(target)
     except OSError:
         return False
 
@@ -403,7 +411,7 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, in_place:
             )
         _refuse_cache(checkpoint, target, real)
         return
-    if checkpoint.origin and checkpoint.origin.container == NAME:
+    if checkpoint.origin and folders.is_folder(checkpoint.origin.container):
         source = Path(os.path.realpath(checkpoint.origin.path))
         if real.is_relative_to(source) or source.is_relative_to(real):
             raise OutputExistsError(

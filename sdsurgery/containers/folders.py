@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import history
-from ..checkpoint import Aside, AsideFile, Checkpoint, Folder, Origin, Tensor, WeightFile
-from ..errors import CorruptError, HostileError, UnreadableError, UnsupportedError
+from ..checkpoint import Aside, AsideFile, Checkpoint, Folder, FolderGraphs, Origin, Tensor, WeightFile
+from ..errors import CorruptError, HostileError, InputError, UnreadableError, UnsupportedError
 from ..sources import FileSlice, SourceFile
 from .safetensors import MAX_HEADER, json_object
 
+if TYPE_CHECKING:
+    from .onnx import Graph
+
 NAME = "diffusers"
+ONNX = "onnx"
+_GRAPH = "model.onnx"
+_PARTS_OF = {"vae": {"vae", "vae_encoder", "vae_decoder"}}
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -101,6 +107,7 @@ class _Found:
     weights: list[WeightFile] = field(default_factory=list)
     indexes: dict[str, FileSlice] = field(default_factory=dict)
     aside: list[Aside] = field(default_factory=list)
+    graphs: dict[str, Graph] = field(default_factory=dict)
     variants: set[str | None] = field(default_factory=set)
 
 
@@ -191,12 +198,13 @@ def read(path: Path, variant: str | None, read_file: Callable[[SourceFile], Chec
         UnreadableError: If something in it can't be opened.
     """
     root = _Root(path, read_file)
-    components = _components(root)
-    found = _Found()
+    found, graphs = _Found(), _graphs(root)
+    components = _components(root, graphs)
     if "" not in components:
         _read_top(root, components, found)
     for component in components.values():
-        _read_component(root, component, variant, found)
+        _read_component(root, component, variant, found, graphs)
+    _take_graphs(root, graphs, found)
     if not found.weights:
         raise UnsupportedError(
             "it is a model folder without weights that can be read", file=path, remedy="fetch the safetensors files"
@@ -212,12 +220,56 @@ def read(path: Path, variant: str | None, read_file: Callable[[SourceFile], Chec
     return Checkpoint(
         tensors,
         _metadata(found.weights),
-        origin=Origin(NAME, path, aside=tuple(found.aside)),
-        folder=Folder(found.files, tuple(found.weights), found.indexes),
+        origin=Origin(ONNX if found.graphs else NAME, path, aside=tuple(found.aside)),
+        folder=Folder(found.files, tuple(found.weights), found.indexes, _stored(found.graphs)),
     )
 
 
-def _components(root: _Root) -> dict[str, _Component]:
+def _graphs(root: _Root) -> frozenset[str]:
+    """The parts of the model that have a graph."""
+    names = (name for name in root.names("")[0] if not name.startswith("."))
+    return frozenset(name for name in names if (root.path / name / _GRAPH).is_file())
+
+
+def _take_graphs(root: _Root, parts: Iterable[str], found: _Found) -> None:
+    """Graphs that hold what nothing else does, and ours, which must fit the weights that they point into.
+
+    Beside weights, what another program made is but another format. Nothing of ONNX is imported where no graph is.
+    """
+    if not parts:
+        return
+    from . import onnx_folders
+
+    held = {weights.prefix for weights in found.weights}
+    for part in sorted(parts):
+        alone = f"{onnx_folders.component_of(part)}/" not in held
+        try:
+            graph = onnx_folders.read(root.source, part)
+        except InputError:
+            if alone:
+                raise
+            continue
+        if alone:
+            found.weights.append(onnx_folders.weights_of(graph, part))
+        elif onnx_folders.is_ours(graph):
+            onnx_folders.check(graph, part, root.source)
+        else:
+            continue
+        found.graphs[part] = graph
+    own = {*onnx_folders.files_of(found.graphs), *(found.graphs.keys() & onnx_folders.VAE_PARTS.keys())}
+    found.aside = [entry for entry in found.aside if entry.name not in own]
+    found.weights.sort(key=lambda weights: place(weights.prefix.rstrip("/")))
+
+
+def _stored(graphs: Mapping[str, Graph]) -> FolderGraphs | None:
+    if not graphs:
+        return None
+    from .onnx_folders import StoredGraphs, style_of
+
+    return StoredGraphs(style_of(graphs))
+
+
+def _components(root: _Root, graphs: Collection[str]) -> dict[str, _Component]:
     """The components by name, in the order of their keys."""
     folders, files = root.names("")
     if MODEL_INDEX in files:
@@ -229,7 +281,7 @@ def _components(root: _Root) -> dict[str, _Component]:
         return {"": _Component("", "diffusers" if is_diffusers else "transformers", kind if is_diffusers else None)}
     else:
         named = [_Component(name) for name in folders if name in _KNOWN]
-        if not any(_has_weights(root, component) for component in named if component.name in _ORDER):
+        if not graphs and not any(_has_weights(root, component) for component in named if component.name in _ORDER):
             raise UnsupportedError(
                 f"it is a folder, but no model: there is neither {MODEL_INDEX} in it, nor {CONFIG} beside weights",
                 file=root.path,
@@ -263,6 +315,11 @@ def _named(root: _Root, document: Mapping[str, Any]) -> Iterator[_Component]:
         yield _Component(name, *pair)
 
 
+def is_folder(container: str) -> bool:
+    """Whether a container is a folder."""
+    return container in {NAME, ONNX}
+
+
 def is_plain(name: str) -> bool:
     """Whether a name is that of something in the same folder, on every system."""
     try:
@@ -290,14 +347,17 @@ def _read_top(root: _Root, components: Iterable[str], found: _Found) -> None:
     found.aside.extend(AsideFile(name, "folder") for name in folders if name not in set(components))
 
 
-def _read_component(root: _Root, component: _Component, variant: str | None, found: _Found) -> None:
+def _read_component(
+    root: _Root, component: _Component, variant: str | None, found: _Found, graphs: Collection[str]
+) -> None:
     try:
         folders, files = root.names(component.name)
     except UnreadableError:
         if os.path.lexists(root.path / component.name):
             raise
         folders, files = [], []
-    chosen = _choose(root, component, files, variant, found)
+    has_graph = bool(_PARTS_OF.get(component.name, {component.name}) & set(graphs))
+    chosen = _choose(root, component, files, variant, found) if not has_graph or _weights_in(files) else None
     taken = _read_weights(root, component, chosen, found) if chosen else set()
     for name in files:
         kind = weight_name(name)
@@ -310,6 +370,10 @@ def _read_component(root: _Root, component: _Component, variant: str | None, fou
         else:
             found.files[component.file(name)] = root.whole(component.file(name))
     found.aside.extend(AsideFile(component.file(name), "folder") for name in folders)
+
+
+def _weights_in(files: Iterable[str]) -> bool:
+    return any(weight_name(name) for name in files)
 
 
 def _what(kind: WeightName | None) -> str:

@@ -149,7 +149,7 @@ def target_container(checkpoint: Checkpoint, target: Path, *, in_place: bool) ->
     """
     if in_place and checkpoint.origin is not None:
         was = checkpoint.origin.container
-        container = was if was in {safetensors.NAME, folders.NAME} else "torch-zip"
+        container = folders.NAME if folders.is_folder(was) else was if was == safetensors.NAME else "torch-zip"
     else:
         container = container_for(target)
     if container == folders.NAME and checkpoint.folder is None:

@@ -316,6 +316,27 @@ class AtomicFolder:
             finally:
                 file.finish()
 
+    def again(self, name: str, first: str, *, link: bool) -> None:
+        """Have a file in it a second time, with one copy of its bytes on the disk if that can be.
+
+        Args:
+            name: Its second name.
+            first: Its first.
+            link: Whether the two may be one file, where the file system can't share the bytes of two.
+        """
+        with _reporting(self.path / name):
+            source, place = self._hidden / first, self._place(name)
+            if _cloned(source, place):
+                self._files.append(place)
+                return
+            with contextlib.suppress(OSError):
+                if link:
+                    os.link(source, place, follow_symlinks=False)
+                    return
+            file = SourceFile(source)
+            self.write(name, [FileSlice(file, 0, file.size)])
+            file.close()
+
     def keep(self, name: str) -> None:
         """Take over what has this name in the folder that is replaced, by a link where that can be."""
         with _reporting(self.path / name):
@@ -417,6 +438,25 @@ class AtomicFolder:
             with contextlib.suppress(OSError):  # what went wrong before matters more
                 self._old.rename(self.path)
         _remove_tree(self._hidden)  # after an exchange, it is the old one that is called that
+
+
+def _cloned(source: Path, place: Path) -> bool:
+    """Make a file that shares another's bytes until one of the two is written to; on file systems that can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    with source.open("rb") as old, place.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            place.unlink()
+            return False
+    return True
+
+
+_FICLONE = 0x40049409
+"""``linux/fs.h``: ``_IOW(0x94, 9, int)``."""
 
 
 class _MemberFile(OutputFile):

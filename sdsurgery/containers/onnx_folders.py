@@ -1,0 +1,113 @@
+"""The graphs in a model's folder: weights where they hold some, and otherwise whether they still fit the weights.
+
+A folder with graphs is laid out as optimum-onnx and diffusers' ONNX pipelines have it: ``<part>/model.onnx``, the VAE
+in two parts. What the graphs of this package hold is named as diffusers names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import Checkpoint, Origin, WeightFile
+from ..errors import UnsupportedError
+from ..sources import SourceFile
+from .onnx import DATA, GRAPH, NAME, STYLE, Graph, check_links, read_graph
+
+VAE_PARTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
+"""Parts of a folder with graphs that are one component."""
+
+CONSTANTS = "const/"
+"""What the names of our own constants begin with, which are no weights."""
+
+
+@dataclass(frozen=True)
+class StoredGraphs:
+    """The graphs that a folder was opened with, to be drawn anew when it is written.
+
+    Attributes:
+        style: How they were drawn, as they tell themselves; ``None`` where another program made them.
+    """
+
+    style: Mapping[str, Any] | None
+
+    def add_to(self, plan: Any, checkpoint: Checkpoint) -> None:
+        """Add them to what is planned.
+
+        Raises:
+            UnsupportedError: If they aren't ours.
+        """
+        if self.style is None:
+            raise UnsupportedError(
+                "its graphs were made by another program, and can't be drawn anew",
+                file=checkpoint.path,
+                remedy="convert it to a diffusers folder or a single file",
+            )
+        from ..graphs.files import stored  # the one way up: who opened the folder needn't know of graphs
+
+        stored(self.style).add_to(plan, checkpoint)
+
+
+def component_of(part: str) -> str:
+    """The component that a part of a folder with graphs is of."""
+    return VAE_PARTS.get(part, part)
+
+
+def is_ours(graph: Graph) -> bool:
+    """Whether a graph tells how it was drawn."""
+    return STYLE in graph.metadata
+
+
+def weights_of(graph: Graph, part: str) -> WeightFile:
+    """The weights that a graph holds, under its component's keys."""
+    name = f"{part}/{GRAPH}"
+    tensors = {key: tensor for key, tensor in graph.initializers.items() if not key.startswith(CONSTANTS)}
+    origin = Origin(NAME, graph.file.path, graph.file)
+    return WeightFile(name, Checkpoint(tensors, origin=origin), f"{component_of(part)}/")
+
+
+def read(root_source: Callable[[str], SourceFile], part: str) -> Graph:
+    """A part's graph; whatever it names is opened through the folder, and its descriptor closed."""
+    graph = read_graph(root_source(f"{part}/{GRAPH}"), lambda name: root_source(f"{part}/{name}"))
+    graph.file.close()
+    return graph
+
+
+def check(graph: Graph, part: str, root_source: Callable[[str], SourceFile]) -> None:
+    """Whether the safetensors files that a graph points into are those that it was linked to.
+
+    Raises:
+        CorruptError: If one isn't.
+    """
+
+    def digest(name: str) -> str:
+        file = root_source(f"{part}/{name}")
+        length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
+        header = file.read(0, min(file.size, 8 + length))
+        file.close()
+        return hashlib.sha256(header).hexdigest()
+
+    check_links(graph, digest)
+
+
+def style_of(graphs: Mapping[str, Graph]) -> Mapping[str, Any] | None:
+    """How a folder's graphs were drawn, if all of them tell."""
+    told = []
+    for graph in graphs.values():
+        try:
+            told.append(json.loads(graph.metadata[STYLE]))
+        except (KeyError, ValueError, RecursionError):
+            return None
+    return next((style for style in told if isinstance(style, dict)), None)
+
+
+def files_of(graphs: Mapping[str, Graph]) -> Iterator[str]:
+    """Names of the files that are a graph's own: itself, and what lies beside it for it alone."""
+    for part, graph in graphs.items():
+        yield f"{part}/{GRAPH}"
+        for name in graph.external:
+            if name == DATA or part in VAE_PARTS:
+                yield f"{part}/{name}"

@@ -1,0 +1,277 @@
+"""A graph as it is drawn: nodes one after another, weights by name, and the few ways in which opsets differ.
+
+Weights are initializers under their names and shapes in diffusers' layout, without bytes: whoever writes the graph says
+where those lie. What is computed of sizes is computed from the inputs, so that batch, height, width and sequence are
+free.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+from ..checkpoint import Tensor
+from ..dtypes import F32, I64, DType
+
+FUSED_ATTENTION: Final = 23
+GROUP_NORM: Final = 21
+GELU: Final = 20
+OLDEST: Final = 17
+NEWEST: Final = 23
+"""The first opsets with Attention, GroupNormalization (as it is now), Gelu, and LayerNormalization; the last used."""
+
+_IR: Final = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+"""The IR version that came with an opset."""
+
+
+NEAREST: Final = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+"""What torch calls nearest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How attention divides its width.
+
+    Attributes:
+        count: How many heads.
+        width: Of all of them.
+        wide: Whether scores are computed in fp32 whatever the rest is in.
+    """
+
+    count: int
+    width: int
+    wide: bool = False
+
+
+class Drawing:
+    """A graph that grows.
+
+    Attributes:
+        opset: Of the default domain.
+        compute: The dtype that is computed in, and of the float inputs and outputs.
+    """
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor], *, compute: DType, opset: int) -> None:
+        self.opset, self.compute = opset, compute
+        self.graph = GraphProto(name=name)
+        self._tensors = tensors
+        self._there: set[str] = set()
+        self._weights: list[str] = []
+        self._cast: dict[str, str] = {}
+
+    # ------------------------------------------------------------ inputs, outputs, weights
+
+    def input(self, name: str, dtype: DType, shape: Sequence[int | str]) -> str:
+        """An input; a size by a name is free."""
+        self.graph.input.append(_value(name, dtype, shape))
+        return name
+
+    def output(self, name: str, value: str, shape: Sequence[int | str]) -> None:
+        """An output in the dtype that is computed in."""
+        self.add("Identity", value, output=name)
+        self.graph.output.append(_value(name, self.compute, shape))
+
+    def weight(self, name: str) -> str:
+        """A weight as the graph computes with it."""
+        tensor = self._tensors[name]
+        if name not in self._there:
+            made = self.graph.initializer.add(name=name, data_type=tensor.dtype.onnx)
+            made.dims.extend(tensor.shape)
+            made.data_location = TensorProto.EXTERNAL
+            self._there.add(name)
+            self._weights.append(name)
+        if tensor.dtype is self.compute:
+            return name
+        if name not in self._cast:
+            self._cast[name] = self.cast(name, self.compute)
+        return self._cast[name]
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of the weights that it uses, in the order in which it came to them."""
+        return self._weights
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a weight of that name."""
+        return name in self._tensors
+
+    # ------------------------------------------------------------ constants
+
+    def ints(self, *values: int) -> str:
+        """A list of integers, such as axes or a shape."""
+        return self._constant("ints", I64, [len(values)], struct.pack(f"<{len(values)}q", *values), values)
+
+    def scalar(self, value: float, dtype: DType | None = None) -> str:
+        """A number."""
+        dtype = dtype or self.compute
+        code = {"F32": "f", "F16": "e", "I64": "q", "F64": "d"}.get(dtype.name)
+        raw = struct.pack(f"<{code}", value) if code else struct.pack("<f", value)[2:]  # the upper half of an F32
+        return self._constant(f"scalar_{dtype.name}", dtype, [], raw, (value,))
+
+    def floats(self, name: str, values: Sequence[float]) -> str:
+        """A list of numbers in fp32."""
+        return self._constant(name, F32, [len(values)], struct.pack(f"<{len(values)}f", *values), ())
+
+    def _constant(self, kind: str, dtype: DType, dims: Sequence[int], raw: bytes, values: Sequence[float]) -> str:
+        name = "/".join(["const", kind, *(f"{value:g}" for value in values)])
+        if name not in self._there:
+            self.graph.initializer.add(name=name, data_type=dtype.onnx, dims=dims, raw_data=raw)
+            self._there.add(name)
+        return name
+
+    # ------------------------------------------------------------ nodes
+
+    def add(self, op: str, *inputs: str, output: str = "", name: str = "", **attributes: Any) -> str:
+        """A node with one output."""
+        return self._node(op, inputs, attributes, output, name)
+
+    def _node(
+        self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], output: str = "", name: str = ""
+    ) -> str:
+        node = self.graph.node.add(op_type=op, name=name or f"{op}_{len(self.graph.node)}")
+        node.input.extend(inputs)
+        made = output or str(node.name)
+        node.output.append(made)
+        _set(node, attributes)
+        return made
+
+    def split(self, value: str, axis: int) -> tuple[str, str]:
+        """Two halves."""
+        node = self.graph.node.add(op_type="Split", name=f"Split_{len(self.graph.node)}")
+        node.input.append(value)
+        node.output.extend([f"{node.name}_0", f"{node.name}_1"])
+        _set(node, {"axis": axis} | ({"num_outputs": 2} if self.opset >= 18 else {}))
+        return node.output[0], node.output[1]
+
+    def cast(self, value: str, dtype: DType) -> str:
+        """In another dtype."""
+        return self.add("Cast", value, to=dtype.onnx)
+
+    def reshape(self, value: str, *shape: int) -> str:
+        """With this shape; 0 keeps a size, -1 takes what is left."""
+        return self.add("Reshape", value, self.ints(*shape))
+
+    def linear(self, value: str, name: str, *, bias: bool = True) -> str:
+        """A linear layer, whose weight has a row for each output."""
+        turned = self.add("Transpose", self.weight(f"{name}.weight"), perm=[1, 0])
+        result = self.add("MatMul", value, turned, name=name)
+        return self.add("Add", result, self.weight(f"{name}.bias")) if bias else result
+
+    def conv(self, value: str, name: str, *, stride: int = 1, pads: Sequence[int] = (1, 1, 1, 1)) -> str:
+        """A convolution."""
+        kernel = list(self._tensors[f"{name}.weight"].shape[2:])
+        pads = pads if kernel != [1, 1] else (0, 0, 0, 0)
+        inputs = (value, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
+        return self.add("Conv", *inputs, name=name, kernel_shape=kernel, pads=list(pads), strides=[stride, stride])
+
+    def silu(self, value: str) -> str:
+        """``x * sigmoid(x)``."""
+        return self.add("Mul", value, self.add("Sigmoid", value))
+
+    def quick_gelu(self, value: str) -> str:
+        """``x * sigmoid(1.702 x)``."""
+        return self.add("Mul", value, self.add("Sigmoid", self.add("Mul", value, self.scalar(1.702))))
+
+    def gelu(self, value: str) -> str:
+        """``x / 2 * (1 + erf(x / sqrt(2)))``."""
+        if self.opset >= GELU:
+            return self.add("Gelu", value)
+        erf = self.add("Erf", self.add("Div", value, self.scalar(math.sqrt(2))))
+        return self.add("Mul", self.add("Mul", value, self.scalar(0.5)), self.add("Add", erf, self.scalar(1)))
+
+    def doubled(self, value: str) -> str:
+        """Every pixel four times."""
+        return self.add("Resize", value, "", self.floats("const/double", (1, 1, 2, 2)), **NEAREST)
+
+    def layer_norm(self, value: str, name: str, epsilon: float) -> str:
+        """Over the last axis."""
+        inputs = (value, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
+        return self.add("LayerNormalization", *inputs, name=name, axis=-1, epsilon=epsilon)
+
+    def group_norm(self, value: str, name: str, groups: int, epsilon: float) -> str:
+        """Over groups of channels."""
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        if self.opset >= GROUP_NORM:
+            return self.add("GroupNormalization", value, weight, bias, name=name, num_groups=groups, epsilon=epsilon)
+        ones, zeros = (self._filled(number, groups) for number in (1.0, 0.0))
+        flat = self.reshape(value, 0, groups, -1)
+        normal = self.add("InstanceNormalization", flat, ones, zeros, name=name, epsilon=epsilon)
+        back = self.add("Reshape", normal, self.add("Shape", value))
+        axes = self.ints(1, 2)
+        scaled = self.add("Mul", back, self.add("Unsqueeze", weight, axes))
+        return self.add("Add", scaled, self.add("Unsqueeze", bias, axes))
+
+    def _filled(self, value: float, count: int) -> str:
+        one = self.scalar(value)
+        raw = next(tensor.raw_data for tensor in self.graph.initializer if tensor.name == one)
+        return self._constant(f"filled_{value:g}", self.compute, [count], raw * count, (count,))
+
+    def attention(self, query: str, key: str, value: str, heads: Heads, *, causal: bool = False) -> str:
+        """Scaled dot-product attention on ``[batch, sequence, width]``."""
+        if self.opset >= FUSED_ATTENTION and not heads.wide:
+            counts = {"q_num_heads": heads.count, "kv_num_heads": heads.count}
+            attributes = counts | ({"is_causal": 1} if causal else {})
+            return self._node("Attention", (query, key, value), attributes)
+        dtype = F32 if heads.wide else self.compute
+        q = self._as(self._heads(query, heads.count, [0, 2, 1, 3]), dtype)
+        k = self._as(self._heads(key, heads.count, [0, 2, 3, 1]), dtype)
+        v = self._heads(value, heads.count, [0, 2, 1, 3])
+        scores = self.add("MatMul", self.add("Mul", q, self.scalar((heads.width // heads.count) ** -0.5, dtype)), k)
+        if causal:
+            scores = self.add("Add", scores, self._causal_mask(query, dtype))
+        shares = self.add("Softmax", scores, axis=-1)
+        shares = shares if dtype is self.compute else self.cast(shares, self.compute)
+        mixed = self.add("Transpose", self.add("MatMul", shares, v), perm=[0, 2, 1, 3])
+        return self.reshape(mixed, 0, 0, heads.width)
+
+    def _as(self, value: str, dtype: DType) -> str:
+        """In a dtype, if it is in the one that is computed in."""
+        return value if dtype is self.compute else self.cast(value, dtype)
+
+    def _heads(self, value: str, heads: int, perm: list[int]) -> str:
+        return self.add("Transpose", self.reshape(value, 0, 0, heads, -1), perm=perm)
+
+    def _causal_mask(self, value: str, dtype: DType) -> str:
+        """What keeps a position from looking ahead: minus infinity above the diagonal."""
+        length = self.add("Shape", value, start=1, end=2)
+        square = self.add("Concat", length, length, axis=0)
+        full = self.add("Expand", self.scalar(float("-inf"), dtype), square)
+        return self.add("Trilu", full, self.scalar(1, I64), upper=1)
+
+    def model(self) -> ModelProto:
+        """The whole, as a model."""
+        made = ModelProto(ir_version=_IR[self.opset], producer_name="sdsurgery", graph=self.graph)
+        made.opset_import.add(domain="", version=self.opset)
+        return made
+
+
+def _value(name: str, dtype: DType, shape: Sequence[int | str]) -> ValueInfoProto:
+    info = ValueInfoProto(name=name)
+    info.type.tensor_type.elem_type = dtype.onnx or 0
+    info.type.tensor_type.shape.SetInParent()
+    for size in shape:
+        axis = info.type.tensor_type.shape.dim.add()
+        if isinstance(size, int):
+            axis.dim_value = size
+        else:
+            axis.dim_param = size
+    return info
+
+
+def _set(node: NodeProto, attributes: Mapping[str, Any]) -> None:
+    for key, value in attributes.items():
+        entry = node.attribute.add(name=key)
+        if isinstance(value, float):
+            entry.type, entry.f = AttributeProto.FLOAT, value
+        elif isinstance(value, int):
+            entry.type, entry.i = AttributeProto.INT, value
+        elif isinstance(value, str):
+            entry.type, entry.s = AttributeProto.STRING, value.encode()
+        else:
+            entry.type = AttributeProto.INTS
+            entry.ints.extend(value)

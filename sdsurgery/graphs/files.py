@@ -1,0 +1,237 @@
+"""Graphs as files of a folder: where their weights lie, and that they still lie there.
+
+A weight is named by a file beside the graph, an offset and a length. With shared weights that file is the safetensors
+file that diffusers reads. Whoever writes it anew moves the offsets, and nobody would notice: so a graph records the
+hash of the header that it was linked to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from onnx import GraphProto, ModelProto, TensorProto
+
+from ..checkpoint import Change, Checkpoint, Tensor
+from ..containers.folder_writing import Plan
+from ..containers.folders import CONFIG
+from ..containers.onnx import DATA, GRAPH, LINKS, STYLE
+from ..dtypes import BY_NAME
+from ..errors import UnsupportedError
+from ..models.configs import NETWORKS
+from ..sources import Data, InMemory, joined, part_of
+from .networks import Drawn, Style, draw
+
+Weights = Literal["shared", "external", "embedded"]
+
+_ALIGNMENT = 4096
+"""A page: ONNX Runtime maps external tensors that begin on one."""
+
+_LARGEST = (1 << 31) - 1
+"""Bytes of the largest message that protocol buffers can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a weight lies: a file beside the graph, and a run of its bytes."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """The graphs that a folder is to be written with; drawn of what it holds when it is planned.
+
+    Attributes:
+        style: How they are drawn.
+        weights: Where the weights lie: in the safetensors files that diffusers reads, in one file of data a graph, or
+            within the graphs.
+        hard_links: Whether the VAE's shared weights may be one file under three names, which the onnx package refuses
+            to load (ONNX Runtime doesn't); else they are copied where the file system can't share their bytes.
+    """
+
+    style: Style
+    weights: Weights = "shared"
+    hard_links: bool = True
+
+    def add_to(self, plan: Plan, checkpoint: Checkpoint) -> None:
+        """Add the graphs to what is planned for a folder, and take out what they hold themselves.
+
+        Raises:
+            UnsupportedError: If a config or a component is one that no graph is known for, or a graph gets too large.
+        """
+        plan.hard_links = self.hard_links
+        used: set[str] = set()
+        for component in NETWORKS:
+            prefix = component + "/"
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in checkpoint.items() if key.startswith(prefix)}
+            if not tensors:
+                continue
+            document = _config(plan, component)
+            for drawn in draw(component, document, tensors, self.style):
+                drawn.model.metadata_props.add(key=STYLE, value=self._told())
+                used |= {prefix + name for name in drawn.weights}
+                self._add(plan, drawn, tensors)
+        if self.weights != "shared":
+            for name in [name for name in plan.outputs if _holds_weights(name)]:
+                del plan.outputs[name]
+            lost = [Change(key, "dropped", str(tensor)) for key, tensor in checkpoint.items() if key not in used]
+            plan.changes = (*plan.changes, *lost)
+
+    def _told(self) -> str:
+        """What a graph says of how it was made, so that it can be made again."""
+        compute = self.style.compute.name if self.style.compute else None
+        told = {"weights": self.weights, "hard_links": self.hard_links, **asdict(self.style), "compute": compute}
+        return json.dumps(told, sort_keys=True)
+
+    def _add(self, plan: Plan, drawn: Drawn, tensors: Mapping[str, Tensor]) -> None:
+        name = f"{drawn.folder}/{GRAPH}"
+        if drawn.folder != drawn.component:
+            plan.add(f"{drawn.folder}/{CONFIG}", plan.outputs[f"{drawn.component}/{CONFIG}"])
+        if self.weights == "embedded":
+            plan.add(name, embedded(drawn.model, tensors))
+        elif self.weights == "external":
+            places, parts = laid_out(drawn, tensors)
+            link(drawn.model, places, {})
+            plan.add(name, (_serialized(drawn.model),))
+            plan.add(f"{drawn.folder}/{DATA}", parts)
+        else:
+            plan.add(name, (self._shared(plan, drawn),))
+
+    def _shared(self, plan: Plan, drawn: Drawn) -> Data:
+        """The graph with its weights in the component's own files, which get a second name in another folder."""
+        places: dict[str, Place] = {}
+        headers: dict[str, str] = {}
+        for path in [path for path in plan.outputs if path.startswith(drawn.component + "/") and _holds_weights(path)]:
+            file = path.rpartition("/")[2]
+            if not file.endswith(".safetensors"):
+                continue
+            found, headers[file] = header_places(joined(plan.outputs[path]), file)
+            places |= found
+            if drawn.folder != drawn.component:
+                plan.twice[f"{drawn.folder}/{file}"] = path
+        link(drawn.model, places, headers)
+        return _serialized(drawn.model)
+
+
+def stored(told: Mapping[str, Any]) -> Graphs:
+    """The graphs that tell this of themselves.
+
+    Raises:
+        UnsupportedError: If it makes no sense.
+    """
+    try:
+        fields = {name: told[name] for name in ("opset", "interface", "family")}
+        compute = BY_NAME[told["compute"]] if told["compute"] else None
+        return Graphs(Style(compute=compute, **fields), told["weights"], bool(told["hard_links"]))
+    except (KeyError, TypeError) as error:
+        message = "what its graphs say of how they were made makes no sense"
+        raise UnsupportedError(message, remedy="convert the model again") from error
+
+
+def _holds_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _config(plan: Plan, component: str) -> Mapping[str, Any]:
+    name = f"{component}/{CONFIG}"
+    if name not in plan.outputs:
+        raise UnsupportedError(f"{name} is missing, and the graph is drawn from it", remedy="convert the model first")
+    document: Mapping[str, Any] = json.loads(b"".join(joined(plan.outputs[name]).chunks()))
+    return document
+
+
+def header_places(file: Data, name: str) -> tuple[dict[str, Place], str]:
+    """Where each tensor of a safetensors file lies, and the hash of its header."""
+    length = int.from_bytes(b"".join(part_of(file, 0, 8).chunks()), "little")
+    header = b"".join(part_of(file, 8, length).chunks())
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    places = {
+        key: Place(name, 8 + length + begin, end - begin)
+        for key, entry in entries.items()
+        for begin, end in [entry["data_offsets"]]
+    }
+    return places, hashlib.sha256(length.to_bytes(8, "little") + header).hexdigest()
+
+
+def laid_out(drawn: Drawn, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Place], tuple[Data, ...]]:
+    """One file of data for a graph: the weights in their order, each on a page of its own if it fills one."""
+    places, parts, position = {}, [], 0
+    for name in drawn.weights:
+        data = tensors[name].data
+        gap = -position % _ALIGNMENT if data.nbytes >= _ALIGNMENT else 0
+        parts += [InMemory(bytes(gap)), data] if gap else [data]
+        places[name] = Place(DATA, position + gap, data.nbytes)
+        position += gap + data.nbytes
+    return places, tuple(parts)
+
+
+def link(model: ModelProto, places: Mapping[str, Place], headers: Mapping[str, str]) -> None:
+    """Say where each weight lies, and to which headers that was read off."""
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        place = places[tensor.name]
+        del tensor.external_data[:]
+        for key, value in (("location", place.file), ("offset", place.offset), ("length", place.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != LINKS]
+    del model.metadata_props[:]
+    for key, value in [*kept, *([(LINKS, json.dumps(dict(headers), sort_keys=True))] if headers else [])]:
+        model.metadata_props.add(key=key, value=value)
+
+
+def _serialized(model: ModelProto) -> InMemory:
+    return InMemory(model.SerializeToString(deterministic=True))
+
+
+def embedded(model: ModelProto, tensors: Mapping[str, Tensor]) -> tuple[Data, ...]:
+    """The graph with its weights within it, as pieces: no weight is read.
+
+    Raises:
+        UnsupportedError: If protocol buffers can't hold as much.
+    """
+    small, pieces = GraphProto(), []
+    small.CopyFrom(model.graph)
+    del small.initializer[:]
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            small.initializer.append(tensor)
+            continue
+        data = tensors[tensor.name].data
+        bare = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
+        head = bare + _field(_RAW_DATA, data.nbytes)
+        pieces += [InMemory(_field(_INITIALIZER, len(head) + data.nbytes) + head), data]
+    body = small.SerializeToString(deterministic=True)
+    size = len(body) + sum(piece.nbytes for piece in pieces)
+    if size > _LARGEST:
+        raise UnsupportedError(
+            f"{size:,} bytes are more than a graph can hold", remedy="keep the weights beside it: --weights external"
+        )
+    rest = ModelProto()
+    rest.CopyFrom(model)
+    rest.ClearField("graph")
+    return (InMemory(rest.SerializeToString(deterministic=True) + _field(_GRAPH, size) + body), *pieces)
+
+
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+"""Numbers of the fields ``ModelProto.graph``, ``GraphProto.initializer`` and ``TensorProto.raw_data``."""
+
+
+def _field(number: int, length: int) -> bytes:
+    """How a field of that many bytes begins in the wire format."""
+    return _varint(number << 3 | 2) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
