@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from typing import Any, get_args
 import click
 
 from .. import progress
-from ..checkpoint import Change, Checkpoint
+from ..checkpoint import Change, Checkpoint, Step
 from ..containers import folder_writing, folders, save
 from ..containers import open as open_checkpoint
 from ..containers.saving import SUFFIXES, check_target, content, losses
@@ -20,8 +21,8 @@ from ..errors import InputError, MismatchError, SurgeryError, UnsupportedError, 
 from ..models import sidecar as sidecars
 from ..operations import Cast, Convert, sidecar_of
 from ..operations.cast import DTypeName
-from ..operations.convert import LayoutName, PredictionType
-from ..reports import terminal
+from ..operations.convert import GraphLayout, LayoutName, PredictionType, WeightsName
+from ..reports import documents, terminal
 from .common import Report, WriteOptions, listening, refuse_configs, refuse_output, write_options
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -41,10 +42,18 @@ class _Request:
     sidecar: bool
     config: Path | None
     prediction_type: Any
+    weights: Any
+    graph_layout: Any
+    opset: int | None
+    compute: Any
+    no_hard_links: bool
+    relink: bool
 
     @property
     def layout(self) -> LayoutName:
         """The layout to convert to: as told, or by the target's name."""
+        if self.to == "onnx":
+            return "onnx"
         if self.to:
             return "ldm" if self.to == "ldm" else "diffusers"
         return "ldm" if self.target.suffix.lower() in SUFFIXES else "diffusers"
@@ -62,7 +71,7 @@ class _Request:
 
 @click.command("convert")
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("target", metavar="[DST]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--to",
     type=click.Choice(get_args(LayoutName)),
@@ -92,14 +101,44 @@ class _Request:
     type=click.Choice(get_args(PredictionType)),
     help="What the UNet predicts. Detected unless given, or assumed and said so.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(get_args(WeightsName)),
+    help="Where ONNX graphs have their weights: in the safetensors files that diffusers reads (shared, unless given), in "
+    "a file of data beside each graph (external), or within the graphs (embedded).",
+)
+@click.option(
+    "--layout",
+    "graph_layout",
+    type=click.Choice(get_args(GraphLayout)),
+    help="Who runs the graphs: optimum's pipelines, unless given, or diffusers' OnnxStableDiffusionPipeline.",
+)
+@click.option("--opset", type=int, metavar="NUMBER", help="Of ONNX's operators, 17 to 23; 23 unless given.")
+@click.option(
+    "--compute",
+    type=click.Choice(get_args(DTypeName)),
+    help="The type that graphs compute in: that of the weights unless given, but fp32 for SDXL's VAE decoder.",
+)
+@click.option(
+    "--no-hard-links",
+    is_flag=True,
+    help="Copy the VAE's shared weights for its two graphs, rather than give one file three names.",
+)
+@click.option("--relink", is_flag=True, help="Without DST: link the graphs in SRC to the weights as they lie now.")
 @write_options(without=("output", "in_place"))
 def convert_command(options: WriteOptions, **arguments: Any) -> None:
-    """Convert between a single file (ldm's layout) and a diffusers folder, bit for bit and offline.
+    """Convert between a single file (ldm's layout), a diffusers folder and ONNX, bit for bit and offline.
 
-    SRC is a safetensors file, a torch pickle or a diffusers folder, of a whole model or of one component. DST is a
-    single file if its name ends in .safetensors or .ckpt, and else a folder. What DST can't hold is named in the
+    SRC is a safetensors file, a torch pickle, a diffusers folder or one with ONNX graphs, of a whole model or of one
+    component. DST is a single file if its name ends in .safetensors or .ckpt, and else a folder; with --to onnx, one
+    that diffusers and ONNX Runtime both run from one copy of the weights. What DST can't hold is named in the
     report; with --sidecar it is kept in a file beside the folder, and converting back gives the original file again.
     """
+    if arguments["relink"]:
+        _relink(arguments, options)
+        return
+    if arguments["target"] is None:
+        raise UsageError("no output is named", remedy="name a file or a folder behind the input")
     request = _Request(**arguments)
     _check(request)
     with listening(quiet=options.quiet):
@@ -113,6 +152,22 @@ def convert_command(options: WriteOptions, **arguments: Any) -> None:
         lost = _checked(request, checkpoint, result, options)
         nbytes = 0 if options.dry_run else _write(request, checkpoint, result, force=options.force)
     Report(result, lost, request.target, nbytes, writes=True, options=options).print()
+
+
+def _relink(arguments: Mapping[str, Any], options: WriteOptions) -> None:
+    """Link a folder's graphs to the weights beside them."""
+    if arguments["target"] is not None:
+        raise UsageError("--relink mends a folder where it is", remedy="name no output")
+    from ..graphs.files import relink
+
+    done = relink(arguments["source"], dry_run=options.dry_run)
+    if options.json:
+        changes = [Change(name, "replaced", "links", "links") for name in done]
+        step = Step("relink", {}, tuple(changes))
+        document = documents.written(Checkpoint({}, steps=(step,)), arguments["source"], (), dry_run=options.dry_run)
+        click.echo(documents.text(document))
+    elif not options.quiet:
+        click.echo(terminal.printable(f"linked again: {', '.join(done)}" if done else "every link is right already"))
 
 
 def _opened(request: _Request) -> Checkpoint:
@@ -140,7 +195,11 @@ def _check(request: _Request) -> None:
     if request.sidecar and given:
         message = f"--sidecar promises the original back, and {given} asks for another"
         raise UsageError(message, remedy="leave one of the two out")
-    if request.sidecar and request.into_folder != (request.layout == "diffusers"):
+    if request.layout == "onnx" and not request.into_folder:
+        raise UsageError(
+            f"{request.target.name!r} is a file's name, and ONNX takes a folder", remedy="leave out the suffix"
+        )
+    if request.sidecar and request.into_folder != (request.layout != "ldm"):
         raise UsageError("a sidecar lies beside a folder", remedy="name a folder, or leave out --sidecar")
     if request.shard_size is not None and not request.into_folder:
         raise UsageError("a single file has no shards", remedy="leave out --shard-size")
@@ -199,6 +258,11 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
         prediction_type=request.prediction_type,
         ema=request.ema,
         sidecar=sidecar,
+        weights=request.weights,
+        layout=request.graph_layout,
+        opset=request.opset,
+        compute=request.compute,
+        no_hard_links=request.no_hard_links,
     )
     result = checkpoint.pipe(convert, *([Cast(request.dtype)] if request.dtype else []))
     if result.folder and not request.into_folder and not folders.is_lone(result):

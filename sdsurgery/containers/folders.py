@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 NAME = "diffusers"
 ONNX = "onnx"
 _GRAPH = "model.onnx"
-_PARTS_OF = {"vae": {"vae", "vae_encoder", "vae_decoder"}}
+_VAE_GRAPHS = frozenset({"vae_encoder", "vae_decoder"})
+_PARTS_OF = {"vae": _VAE_GRAPHS | {"vae"}}
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -200,6 +201,8 @@ def read(path: Path, variant: str | None, read_file: Callable[[SourceFile], Chec
     root = _Root(path, read_file)
     found, graphs = _Found(), _graphs(root)
     components = _components(root, graphs)
+    if graphs & _PARTS_OF["vae"] and "vae" not in components:
+        components["vae"] = _Component("vae")
     if "" not in components:
         _read_top(root, components, found)
     for component in components.values():
@@ -244,18 +247,15 @@ def _take_graphs(root: _Root, parts: Iterable[str], found: _Found) -> None:
     for part in sorted(parts):
         alone = f"{onnx_folders.component_of(part)}/" not in held
         try:
-            graph = onnx_folders.read(root.source, part)
+            metadata = onnx_folders.told(root.source, part)
         except InputError:
             if alone:
                 raise
             continue
+        if alone or onnx_folders.is_ours(metadata):
+            found.graphs[part] = onnx_folders.read(root.source, part, metadata)
         if alone:
-            found.weights.append(onnx_folders.weights_of(graph, part))
-        elif onnx_folders.is_ours(graph):
-            onnx_folders.check(graph, part, root.source)
-        else:
-            continue
-        found.graphs[part] = graph
+            found.weights.append(onnx_folders.weights_of(found.graphs[part], part))
     own = {*onnx_folders.files_of(found.graphs), *(found.graphs.keys() & onnx_folders.VAE_PARTS.keys())}
     found.aside = [entry for entry in found.aside if entry.name not in own]
     found.weights.sort(key=lambda weights: place(weights.prefix.rstrip("/")))
@@ -350,6 +350,9 @@ def _read_top(root: _Root, components: Iterable[str], found: _Found) -> None:
 def _read_component(
     root: _Root, component: _Component, variant: str | None, found: _Found, graphs: Collection[str]
 ) -> None:
+    if component.name in _VAE_GRAPHS and component.name in graphs:
+        _read_vae_config(root, component, found)
+        return
     try:
         folders, files = root.names(component.name)
     except UnreadableError:
@@ -370,6 +373,13 @@ def _read_component(
         else:
             found.files[component.file(name)] = root.whole(component.file(name))
     found.aside.extend(AsideFile(component.file(name), "folder") for name in folders)
+
+
+def _read_vae_config(root: _Root, component: _Component, found: _Found) -> None:
+    """Of a part of the VAE, its config, if the VAE has none of its own; the graph is read elsewhere."""
+    place = root.path / "vae" / CONFIG
+    if CONFIG in root.names(component.name)[1] and not place.is_file():
+        found.files.setdefault(f"vae/{CONFIG}", root.whole(component.file(CONFIG)))
 
 
 def _weights_in(files: Iterable[str]) -> bool:

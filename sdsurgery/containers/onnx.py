@@ -71,7 +71,6 @@ class Graph:
         initializers: By name, in their order.
         nodes: In their order.
         metadata: What it says of itself.
-        links: The hashes of headers that it was linked to, by file.
         external: Names of the files beside it in which weights lie.
     """
 
@@ -79,7 +78,6 @@ class Graph:
     initializers: Mapping[str, Tensor]
     nodes: tuple[Node, ...]
     metadata: Mapping[str, str]
-    links: Mapping[str, str]
     external: tuple[str, ...]
 
 
@@ -113,6 +111,15 @@ def read_graph(file: SourceFile, beside: Callable[[str], SourceFile]) -> Graph:
     return _Reader(file, beside).graph()
 
 
+def metadata_of(file: SourceFile) -> dict[str, str]:
+    """What a graph says of itself; its tensors aren't looked at.
+
+    Raises:
+        CorruptError: If it is no graph.
+    """
+    return _Reader(file, lambda _name: file).metadata()
+
+
 def _last(found: Mapping[int, list[Field]], number: int) -> int:
     """The value of a field that should be there once."""
     return found[number][-1].value if number in found else 0
@@ -123,15 +130,17 @@ class _Reader:
         self._file, self._wire, self._beside = file, Wire(file), beside
         self._opened: dict[str, SourceFile] = {}
 
+    def metadata(self) -> dict[str, str]:
+        parts = self._wire.fields(0, self._file.size)
+        return dict(self._entry(part) for part in parts if part.number == _MODEL_METADATA)
+
     def graph(self) -> Graph:
         nodes: list[Node] = []
         tensors: dict[str, Tensor] = {}
-        metadata: dict[str, str] = {}
+        metadata = self.metadata()
         graphs = 0
         for part in self._wire.fields(0, self._file.size):
-            if part.number == _MODEL_METADATA:
-                metadata |= dict([self._entry(part)])
-            elif part.number == _MODEL_GRAPH:
+            if part.number == _MODEL_GRAPH:
                 graphs += 1
                 for inner in self._wire.fields(part.start, part.end):
                     if inner.number == _GRAPH_NODE:
@@ -144,14 +153,7 @@ class _Reader:
         if not graphs:
             raise self._corrupt("it holds no graph")
         self._check_overlaps(tensors)
-        return Graph(self._file, tensors, tuple(nodes), metadata, self._links(metadata), tuple(self._opened))
-
-    def _links(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        try:
-            links = json.loads(metadata.get(LINKS, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise self._corrupt("its record of linked files makes no sense") from error
-        return {str(name): str(digest) for name, digest in links.items()} if isinstance(links, dict) else {}
+        return Graph(self._file, tensors, tuple(nodes), metadata, tuple(self._opened))
 
     def _entry(self, part: Field) -> tuple[str, str]:
         found = {_ENTRY_KEY: "", _ENTRY_VALUE: ""}
@@ -250,16 +252,20 @@ class _Reader:
         return CorruptError(message, file=self._file.path, key=key and key[:200], remedy=_REMEDY)
 
 
-def check_links(graph: Graph, digest: Callable[[str], str]) -> None:
+def check_links(file: SourceFile, metadata: Mapping[str, str], digest: Callable[[str], str]) -> None:
     """Whether the files that a graph points into still have the headers that it was linked to.
 
     Raises:
         CorruptError: If one hasn't: the graph would read other bytes than its weights.
     """
-    for name, recorded in graph.links.items():
+    try:
+        links = json.loads(metadata.get(LINKS, "{}"))
+    except (ValueError, RecursionError):
+        links = None
+    remedy = f"link it again: sdsurgery convert --relink {file.path.parent.parent}"
+    if not isinstance(links, dict):
+        raise CorruptError("its record of linked files makes no sense", file=file.path, remedy=remedy)
+    for name, recorded in links.items():
         if digest(name) != recorded:
-            raise CorruptError(
-                f"{name} was written anew since this graph was linked to it",
-                file=graph.file.path,
-                remedy=f"link it again: sdsurgery convert --relink {graph.file.path.parent.parent}",
-            )
+            message = f"{name[:200]} was written anew since this graph was linked to it"
+            raise CorruptError(message, file=file.path, remedy=remedy)

@@ -15,7 +15,8 @@ from typing import Any
 from ..checkpoint import Checkpoint, Origin, WeightFile
 from ..errors import UnsupportedError
 from ..sources import SourceFile
-from .onnx import DATA, GRAPH, NAME, STYLE, Graph, check_links, read_graph
+from .onnx import DATA, GRAPH, NAME, STYLE, Graph, check_links, metadata_of, read_graph
+from .safetensors import MAX_HEADER
 
 VAE_PARTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
 """Parts of a folder with graphs that are one component."""
@@ -56,9 +57,9 @@ def component_of(part: str) -> str:
     return VAE_PARTS.get(part, part)
 
 
-def is_ours(graph: Graph) -> bool:
+def is_ours(metadata: Mapping[str, str]) -> bool:
     """Whether a graph tells how it was drawn."""
-    return STYLE in graph.metadata
+    return STYLE in metadata
 
 
 def weights_of(graph: Graph, part: str) -> WeightFile:
@@ -69,28 +70,34 @@ def weights_of(graph: Graph, part: str) -> WeightFile:
     return WeightFile(name, Checkpoint(tensors, origin=origin), f"{component_of(part)}/")
 
 
-def read(root_source: Callable[[str], SourceFile], part: str) -> Graph:
-    """A part's graph; whatever it names is opened through the folder, and its descriptor closed."""
-    graph = read_graph(root_source(f"{part}/{GRAPH}"), lambda name: root_source(f"{part}/{name}"))
-    graph.file.close()
-    return graph
+def told(root_source: Callable[[str], SourceFile], part: str) -> dict[str, str]:
+    """What a part's graph says of itself."""
+    file = root_source(f"{part}/{GRAPH}")
+    try:
+        return metadata_of(file)
+    finally:
+        file.close()
 
 
-def check(graph: Graph, part: str, root_source: Callable[[str], SourceFile]) -> None:
-    """Whether the safetensors files that a graph points into are those that it was linked to.
+def read(root_source: Callable[[str], SourceFile], part: str, metadata: Mapping[str, str]) -> Graph:
+    """A part's graph; whatever it names is opened through the folder, and its descriptor closed.
 
     Raises:
-        CorruptError: If one isn't.
+        CorruptError: If the safetensors files that it points into aren't those that it was linked to.
     """
-
-    def digest(name: str) -> str:
-        file = root_source(f"{part}/{name}")
-        length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
-        header = file.read(0, min(file.size, 8 + length))
+    file = root_source(f"{part}/{GRAPH}")
+    try:
+        check_links(file, metadata, lambda name: _header_digest(root_source(f"{part}/{name}")))
+        return read_graph(file, lambda name: root_source(f"{part}/{name}"))
+    finally:
         file.close()
-        return hashlib.sha256(header).hexdigest()
 
-    check_links(graph, digest)
+
+def _header_digest(file: SourceFile) -> str:
+    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
+    header = file.read(0, min(file.size, 8 + length, MAX_HEADER))
+    file.close()
+    return hashlib.sha256(header).hexdigest()
 
 
 def style_of(graphs: Mapping[str, Graph]) -> Mapping[str, Any] | None:

@@ -11,18 +11,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
 from ..checkpoint import Change, Checkpoint, Tensor
+from ..containers import safetensors
 from ..containers.folder_writing import Plan
-from ..containers.folders import CONFIG
+from ..containers.folders import CONFIG, MODEL_INDEX
 from ..containers.onnx import DATA, GRAPH, LINKS, STYLE
+from ..containers.writing import AtomicFile
 from ..dtypes import BY_NAME
-from ..errors import UnsupportedError
+from ..errors import CorruptError, UnsupportedError
 from ..models.configs import NETWORKS
-from ..sources import Data, InMemory, joined, part_of
+from ..sources import Data, FileSlice, InMemory, SourceFile, joined, part_of
 from .networks import Drawn, Style, draw
 
 Weights = Literal["shared", "external", "embedded"]
@@ -66,6 +70,8 @@ class Graphs:
             UnsupportedError: If a config or a component is one that no graph is known for, or a graph gets too large.
         """
         plan.hard_links = self.hard_links
+        if self.style.interface == "diffusers":
+            plan.outputs[MODEL_INDEX] = (InMemory(_runtime_index(plan, self.style)),)
         used: set[str] = set()
         for component in NETWORKS:
             prefix = component + "/"
@@ -119,6 +125,23 @@ class Graphs:
         return _serialized(drawn.model)
 
 
+_RUN_BY_DIFFUSERS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+
+
+def _runtime_index(plan: Plan, style: Style) -> bytes:
+    """The index of diffusers' own ONNX pipeline, which exists for SD1 and SD2."""
+    if style.family.startswith("sdxl"):
+        raise UnsupportedError(
+            "diffusers has no ONNX pipeline for SDXL", remedy="leave the layout out: optimum's pipelines run it"
+        )
+    index = json.loads(b"".join(joined(plan.outputs[MODEL_INDEX]).chunks()))
+    parts = {name: index[name] for name in ("scheduler", "tokenizer") if name in index}
+    graphs = {name: ["diffusers", "OnnxRuntimeModel"] for name in _RUN_BY_DIFFUSERS}
+    rest = {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    content = {"_class_name": "OnnxStableDiffusionPipeline", **dict(sorted({**parts, **graphs, **rest}.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def stored(told: Mapping[str, Any]) -> Graphs:
     """The graphs that tell this of themselves.
 
@@ -132,6 +155,52 @@ def stored(told: Mapping[str, Any]) -> Graphs:
     except (KeyError, TypeError) as error:
         message = "what its graphs say of how they were made makes no sense"
         raise UnsupportedError(message, remedy="convert the model again") from error
+
+
+def relink(folder: Path, *, dry_run: bool = False) -> list[str]:
+    """Link a folder's graphs to the safetensors files beside them as those are now; the graphs that weren't.
+
+    Raises:
+        UnsupportedError: If there is no graph of ours in it.
+        CorruptError: If the weights aren't those that a graph was drawn for.
+    """
+    parts = [path.parent for path in sorted(folder.glob(f"*/{GRAPH}")) if not path.parent.name.startswith(".")]
+    graphs = [(part, onnx.load(part / GRAPH, load_external_data=False)) for part in parts]
+    ours = [(part, model) for part, model in graphs if any(entry.key == LINKS for entry in model.metadata_props)]
+    if not ours:
+        message = "no graph in it was linked to shared weights by sdsurgery"
+        raise UnsupportedError(message, file=folder, remedy="make one: sdsurgery convert --to onnx")
+    done = []
+    for part, model in ours:
+        before = model.SerializeToString(deterministic=True)
+        _relink_part(part, model)
+        after = model.SerializeToString(deterministic=True)
+        if after != before:
+            done.append(f"{part.name}/{GRAPH}")
+            if not dry_run:
+                with AtomicFile(part / GRAPH, replace=True, size=len(after), advance=lambda _count: None) as out:
+                    out.write(after)
+    return done
+
+
+def _relink_part(part: Path, model: ModelProto) -> None:
+    """Link one graph, whose weights must all be there as it has them."""
+    places: dict[str, Place] = {}
+    headers: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(part.glob("*.safetensors")):
+        file = SourceFile(path)
+        shapes |= {key: tensor.shape for key, tensor in safetensors.read(file).items()}
+        found, headers[path.name] = header_places(FileSlice(file, 0, file.size), path.name)
+        places |= found
+        file.close()
+    for tensor in model.graph.initializer:
+        fits = shapes.get(tensor.name) == tuple(tensor.dims)
+        if tensor.data_location == TensorProto.EXTERNAL and not fits:
+            message = f"the weights beside it have no {tensor.name} of the shape {list(tensor.dims)}"
+            remedy = "convert the model again: its graph was drawn for other weights"
+            raise CorruptError(message, file=part / GRAPH, key=tensor.name, remedy=remedy)
+    link(model, places, headers)
 
 
 def _holds_weights(name: str) -> bool:

@@ -12,28 +12,32 @@ from typing import Annotated, Any, ClassVar, Literal
 from .. import history
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step
 from ..containers.folders import is_lone
+from ..dtypes import CAST_TARGETS
 from ..errors import UsageError
 from ..models import sidecar as sidecars
 from ..models.configs import MAX_DOCUMENT
 from ..models.conversion import Converted, convertible, from_diffusers, from_ldm, renamed_to_current
-from ..models.folder_files import FolderFiles
+from ..models.folder_files import INDEX_NAME, FolderFiles
 from ..models.folder_repair import completed, missing_files
 from ..models.identify import Model, identify
 from ..models.single_file import mark, unheld_settings, webui_config
 from ..models.stated import Stated, of_folder_files, stated_about
 from ..sources import InMemory
 from .base import Operation, Param, Source, input_record, opened
+from .cast import DTypeName
 from .grafts import without_aside
 from .prune import take_ema
 
-LayoutName = Literal["ldm", "diffusers"]
+LayoutName = Literal["ldm", "diffusers", "onnx"]
+WeightsName = Literal["shared", "external", "embedded"]
+GraphLayout = Literal["optimum", "diffusers-onnx"]
 PredictionType = Literal["epsilon", "v_prediction"]
 ConfigSource = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Convert(Operation):
-    """Convert between the single-file layout (ldm) and diffusers, bit for bit.
+    """Convert between the single-file layout (ldm), diffusers and ONNX, bit for bit.
 
     Whole models and lone components, SD1, SD2, SDXL and its refiner, with their inpainting, pix2pix and depth
     variants. What the target can't hold is named, and kept by a sidecar; what shapes don't tell comes from --config,
@@ -60,6 +64,25 @@ class Convert(Operation):
         Source | None,
         Param("Restore the original with what this sidecar kept of it; to ldm only.", metavar="FILE"),
     ] = None
+    weights: Annotated[
+        WeightsName | None,
+        Param(
+            "Where ONNX graphs have their weights: in the safetensors files that diffusers reads (shared, unless "
+            "given), in a file of data beside each graph (external), or within the graphs (embedded)."
+        ),
+    ] = None
+    layout: Annotated[
+        GraphLayout | None,
+        Param("Who runs the graphs: optimum's pipelines, unless given, or diffusers' OnnxStableDiffusionPipeline."),
+    ] = None
+    opset: Annotated[int | None, Param("Of ONNX's operators, 17 to 23; 23 unless given.", metavar="NUMBER")] = None
+    compute: Annotated[
+        DTypeName | None,
+        Param("The type that graphs compute in. That of the weights unless given, but fp32 for SDXL's VAE decoder."),
+    ] = None
+    no_hard_links: Annotated[
+        bool, Param("Copy shared weights of the VAE for its two graphs, rather than give one file three names.")
+    ] = False
 
     @property
     def configs_read(self) -> tuple[Path, ...]:
@@ -70,6 +93,10 @@ class Convert(Operation):
         """See :class:`Convert`."""
         if self.sidecar is not None and self.to != "ldm":
             raise UsageError("a sidecar is what a single file is restored with", remedy="leave it out")
+        if self.to != "onnx" and (self.weights or self.layout or self.opset or self.compute or self.no_hard_links):
+            raise UsageError(
+                "only ONNX graphs are told how to be made", remedy="leave the option out, or convert to onnx"
+            )
         model = identify(checkpoint)
         stated = stated_about(checkpoint, model, self.config)
         if self.prediction_type:
@@ -83,9 +110,22 @@ class Convert(Operation):
             changes = take_ema(checkpoint, model, tensors)
             source = replace(checkpoint, tensors=tensors)
         convertible(source, model)
-        if self.to == "diffusers":
-            return self._to_diffusers(source, model, stated, changes)
-        return self._to_ldm(source, model, stated, changes)
+        if self.to == "ldm":
+            return self._to_ldm(source, model, stated, changes)
+        result = self._to_diffusers(source, model, stated, changes)
+        return self._with_graphs(result, model) if self.to == "onnx" else result
+
+    def _with_graphs(self, checkpoint: Checkpoint, model: Model) -> Checkpoint:
+        """The folder with graphs, which are drawn when it is written."""
+        from ..graphs.files import Graphs
+        from ..graphs.networks import Style
+
+        interface: Literal["optimum", "diffusers"] = "diffusers" if self.layout == "diffusers-onnx" else "optimum"
+        compute = CAST_TARGETS[self.compute] if self.compute else None
+        style = Style(interface=interface, compute=compute, family=model.base_family, **_opset(self.opset))
+        graphs = Graphs(style, self.weights or "shared", hard_links=not self.no_hard_links)
+        assert checkpoint.folder is not None  # noqa: S101 - for the type checker: it was made a folder
+        return replace(checkpoint, folder=replace(checkpoint.folder, graphs=graphs))
 
     def _to_diffusers(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
         converted = from_ldm(checkpoint, model) if model.layout == "ldm" else renamed_to_current(checkpoint, model)
@@ -97,7 +137,7 @@ class Convert(Operation):
             folder = Folder({name: InMemory(content) for name, content in files.files().items()})
             notes = [*files.notes, Note(f"written beside the weights: {', '.join(sorted(folder.files))}")]
         else:
-            folder, notes = _completed(checkpoint, model, changes)
+            folder, notes = _completed(_without_graphs(checkpoint), model, changes)
             if not converted.changes and not changes:
                 notes = [Note("it is in diffusers' layout already"), *notes]
         return self._result(checkpoint, converted, changes, notes, folder=folder)
@@ -179,6 +219,19 @@ class Convert(Operation):
             facts=facts or {},
         )
         return without_aside(checkpoint).evolve(converted.tensors, step, **fields)
+
+
+def _opset(given: int | None) -> dict[str, int]:
+    return {} if given is None else {"opset": given}
+
+
+def _without_graphs(checkpoint: Checkpoint) -> Checkpoint:
+    """A folder without its graphs, and without an index that may speak of them."""
+    folder = checkpoint.folder
+    if folder is None or folder.graphs is None:
+        return checkpoint
+    files = {name: data for name, data in folder.files.items() if name != INDEX_NAME}
+    return replace(checkpoint, folder=replace(folder, files=files, graphs=None))
 
 
 def _completed(checkpoint: Checkpoint, model: Model, changes: list[Change]) -> tuple[Folder | None, list[Note]]:
