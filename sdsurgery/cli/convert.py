@@ -104,8 +104,8 @@ class _Request:
 @click.option(
     "--weights",
     type=click.Choice(get_args(WeightsName)),
-    help="Where ONNX graphs have their weights: in the safetensors files that diffusers reads (shared, unless given), in "
-    "a file of data beside each graph (external), or within the graphs (embedded).",
+    help="Where ONNX graphs have their weights: in the safetensors files that diffusers reads (shared, unless given), "
+    "in a file of data beside each graph (external), or within the graphs (embedded).",
 )
 @click.option(
     "--layout",
