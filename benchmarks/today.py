@@ -57,6 +57,21 @@ def to_file(source: str, target: str) -> None:
     save_file(state, target, metadata={"format": "pt"})
 
 
+def export_unet(folder: str, target: str) -> None:
+    """A UNet as an ONNX graph, by torch's legacy exporter with folding, as most published ones were made."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    arguments = (torch.randn(2, 4, 64, 64), torch.tensor(1.0), torch.randn(2, 77, unet.config.cross_attention_dim))
+    names = ["sample", "timestep", "encoder_hidden_states"]
+    axes = {"sample": {0: "batch", 2: "height", 3: "width"}, "encoder_hidden_states": {0: "batch", 1: "sequence"}}
+    torch.onnx.export(
+        unet, arguments, target, input_names=names, output_names=["out_sample"], dynamic_axes=axes, opset_version=17,
+        do_constant_folding=True, dynamo=False,
+    )  # fmt: skip
+
+
 def diff(one: str, other: str) -> None:
     """The figures of ``diff`` on two safetensors files of halves: mapped, in pieces, by two threads."""
     import json
@@ -146,6 +161,8 @@ def hashes(path: str) -> None:
 
 
 if __name__ == "__main__":
-    {"fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file, "diff": diff, "digests": digests}[
-        sys.argv[1]
-    ](*sys.argv[2:])
+    scripts = {
+        "fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file, "diff": diff, "digests": digests,
+        "export-unet": export_unet,
+    }  # fmt: skip
+    scripts[sys.argv[1]](*sys.argv[2:])
