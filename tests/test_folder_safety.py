@@ -104,7 +104,7 @@ def test_a_kill_at_any_instant_leaves_all_or_nothing(case: str, tmp_path: Path) 
         assert process.stdout.readline() == b"go\n"
         begun = time.monotonic()
         try:
-            code = process.wait(60 if number < 0 else duration * (number + chance.random()) / 7)
+            code = process.wait(60 if number < 0 else duration * number * chance.uniform(0.5, 1.5) / 7)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
@@ -122,7 +122,7 @@ def test_a_kill_at_any_instant_leaves_all_or_nothing(case: str, tmp_path: Path) 
             assert name.startswith(".sdsurgery-")
             assert name.endswith(".partial")
             shutil.rmtree(tmp_path / name)
-    assert whole < 8  # some were killed in time
+    assert whole < 8  # the first is killed at once
 
 
 _SLOW = (
