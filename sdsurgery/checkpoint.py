@@ -226,7 +226,11 @@ class WeightFile:
 
 
 class FolderGraphs(Protocol):
-    """What adds graphs to a folder that is written; see ``graphs/files.py``."""
+    """The ONNX graphs of a folder; see ``containers/onnx_folders.py`` and ``graphs/files.py``."""
+
+    @property
+    def files(self) -> Mapping[str, Data]:
+        """Those that were read, with their own files of data, by name; none of graphs that are yet to be made."""
 
     def add_to(self, plan: Any, checkpoint: Checkpoint) -> None:
         """Add them to what is planned."""
@@ -240,7 +244,7 @@ class Folder:
         files: Those that hold no weights (configs, tokenizers), by their names relative to the folder, with ``/``.
         weights: Those that do, as they were opened; none in a folder that is yet to be written.
         indexes: The files that say in which shard a tensor lies, by their names, for components that are sharded.
-        graphs: What adds ONNX graphs when it is written, if it is to have any.
+        graphs: Its ONNX graphs, if it has any or is to have.
     """
 
     files: Mapping[str, Data]

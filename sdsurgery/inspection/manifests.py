@@ -79,7 +79,8 @@ def manifest(checkpoint: Checkpoint) -> Manifest:
     """Describe a model; reads each file and each tensor once, both at the same time."""
     model = identify(checkpoint)
     items = sorted(canonical(checkpoint, model).values(), key=lambda item: item.identity)
-    files = dict(sorted(_files(checkpoint)))
+    found = dict(_files(checkpoint))
+    files = {name: found[name] for name in sorted(found)}
     total = sum(data.nbytes for data in files.values()) + sum(item.tensor.nbytes for item in items)
     with progress.task(f"reading {len(items)} tensors", total) as advance, ThreadPoolExecutor(_THREADS) as pool:
         whole = [pool.submit(_sha256, data) for data in files.values()]
@@ -106,6 +107,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, Data]]:
     if checkpoint.folder:
         yield from checkpoint.folder.files.items()
         yield from checkpoint.folder.indexes.items()
+        if checkpoint.folder.graphs:
+            yield from checkpoint.folder.graphs.files.items()
         for weights in checkpoint.folder.weights:
             file = weights.checkpoint.origin.file if weights.checkpoint.origin else None
             if file:
