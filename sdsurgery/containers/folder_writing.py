@@ -175,7 +175,9 @@ def _edited(checkpoint: Checkpoint) -> bool:
 
 def _plan_weights(checkpoint: Checkpoint, part: _Part, names: _Names, made: Plan) -> list[Change]:
     """Plan a component's files; the recorded hashes that they lose."""
-    keeps_names = bool(part.opened) and not names.given and (len(part.opened) == 1 or bool(part.indexes))
+    graphs = any(file.checkpoint.origin and file.checkpoint.origin.container == folders.ONNX for file in part.opened)
+    several = len(part.opened) > 1 and not part.indexes
+    keeps_names = bool(part.opened) and not (names.given or graphs or several)
     library = _library(checkpoint, part)
     if keeps_names:
         files = _distribution_that_was(part)

@@ -224,7 +224,7 @@ def read(path: Path, variant: str | None, read_file: Callable[[SourceFile], Chec
         tensors,
         _metadata(found.weights),
         origin=Origin(ONNX if found.graphs else NAME, path, aside=tuple(found.aside)),
-        folder=Folder(found.files, tuple(found.weights), found.indexes, _stored(found.graphs)),
+        folder=Folder(found.files, tuple(found.weights), found.indexes, _stored(root, found.graphs)),
     )
 
 
@@ -256,17 +256,18 @@ def _take_graphs(root: _Root, parts: Iterable[str], found: _Found) -> None:
             found.graphs[part] = onnx_folders.read(root.source, part, metadata)
         if alone:
             found.weights.append(onnx_folders.weights_of(found.graphs[part], part))
-    own = {*onnx_folders.files_of(found.graphs), *(found.graphs.keys() & onnx_folders.VAE_PARTS.keys())}
+    own = {*onnx_folders.files_of(root.source, found.graphs), *(found.graphs.keys() & onnx_folders.VAE_PARTS.keys())}
     found.aside = [entry for entry in found.aside if entry.name not in own]
+    found.files = {name: data for name, data in found.files.items() if name not in own}
     found.weights.sort(key=lambda weights: place(weights.prefix.rstrip("/")))
 
 
-def _stored(graphs: Mapping[str, Graph]) -> FolderGraphs | None:
+def _stored(root: _Root, graphs: Mapping[str, Graph]) -> FolderGraphs | None:
     if not graphs:
         return None
-    from .onnx_folders import StoredGraphs, style_of
+    from .onnx_folders import StoredGraphs, files_of, style_of
 
-    return StoredGraphs(style_of(graphs))
+    return StoredGraphs(style_of(graphs), files_of(root.source, graphs))
 
 
 def _components(root: _Root, graphs: Collection[str]) -> dict[str, _Component]:

@@ -6,16 +6,18 @@ graph is run, and what it says of files is believed only as far as the folder go
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from ..checkpoint import Checkpoint, Origin, Tensor
 from ..dtypes import BY_NAME, DType
 from ..errors import CorruptError, HostileError
 from ..sources import Data, FileSlice, InMemory, SourceFile
-from .wire import Field, Wire
+from .safetensors import MAX_HEADER
+from .wire import BYTES, FIXED32, FIXED64, VARINT, Field, Wire
 
 NAME = "onnx"
 
@@ -29,18 +31,40 @@ LINKS = "sdsurgery.weights"
 
 _BY_ONNX = {dtype.onnx: dtype for dtype in BY_NAME.values() if dtype.onnx is not None}
 _MOST_DIMENSIONS = 16
+_MOST_PARTS = 1 << 18
+"""More nodes and initializers than any graph has: each takes two bytes of a file and many of memory."""
+
 _REMEDY = "download or export it again"
 
-# Numbers of fields: ModelProto, GraphProto, NodeProto, TensorProto, StringStringEntryProto.
+# Numbers of fields: ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, StringStringEntryProto.
 _MODEL_GRAPH, _MODEL_METADATA = 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_METADATA = 1, 2, 3, 4, 9
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN, _NODE_METADATA = 1, 2, 3, 4, 5, 7, 9
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR, _ATTRIBUTE_INTS = 1, 3, 5, 8
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
-_TENSOR_TYPED = {4: 4, 5: 0, 7: 0, 10: 8, 11: 0}
-"""float, int32, int64, double and uint64 data: the bytes of an element, 0 for varints."""
+_TENSOR_TYPED = {"F32": 4, "C64": 4, "F64": 10, "C128": 10, "I64": 7, "U32": 11, "U64": 11}
+"""The field of values of a type: float, double, int64 and uint64 data; all else is int32 data."""
+_INT32_DATA = 5
+_FIXED = {4: (FIXED32, 4), 10: (FIXED64, 8)}
+"""Fields of values that are no varints: how one stands alone, and its bytes."""
+_TENSOR_WIRES = {
+    _TENSOR_DIMS: (VARINT, BYTES),
+    _TENSOR_TYPE: (VARINT,),
+    _TENSOR_NAME: (BYTES,),
+    _TENSOR_RAW: (BYTES,),
+    _TENSOR_EXTERNAL: (BYTES,),
+    _TENSOR_LOCATION: (VARINT,),
+}
+"""How the fields of a tensor are encoded; what is encoded otherwise, protocol buffers don't know."""
+_MOST_ENTRIES = 64
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on all common systems."""
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _EXTERNAL = 1
+
+_WITH_ATTRIBUTES = {"Constant", "Gemm", "Transpose"}
+"""Operators whose attributes say something about weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,8 @@ class Node:
         inputs: Names of values.
         outputs: Names of values.
         metadata: What newer exporters say of it, such as the module's path.
+        domain: Where its operator comes from; empty for ONNX's own.
+        integers: Attributes that are integers, of operators for which they tell how a weight lies.
     """
 
     op: str
@@ -60,6 +86,8 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    domain: str = ""
+    integers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +100,7 @@ class Graph:
         nodes: In their order.
         metadata: What it says of itself.
         external: Names of the files beside it in which weights lie.
+        constants: Floating-point tensors in nodes of their own, by the name of the value.
     """
 
     file: SourceFile
@@ -79,22 +108,26 @@ class Graph:
     nodes: tuple[Node, ...]
     metadata: Mapping[str, str]
     external: tuple[str, ...]
-
-
-def looks_like(head: bytes, name: str) -> bool:
-    """Whether a file is meant to be an ONNX graph: by its suffix, for the format has no mark of its own."""
-    return name.lower().endswith(".onnx") and head[:1] in (b"\x08", b"\x12", b"\x3a")
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read(file: SourceFile) -> Checkpoint:
-    """A lone graph: its initializers, by their names.
+    """A lone graph: the initializers of our own by their names, the weights of others' as diffusers names them.
 
     Raises:
         CorruptError: If it is no graph, or contradicts itself.
         HostileError: If it names a file outside its folder.
+        UnsupportedError: If its weights were packed for a runtime.
     """
-    graph = read_graph(file, lambda name: SourceFile(file.path.parent / name))
-    return Checkpoint(graph.initializers, origin=Origin(NAME, file.path, file))
+    from . import onnx_names  # which needs this module
+
+    def beside(name: str) -> SourceFile:
+        other = SourceFile(file.path.parent / name)
+        other.close()  # older exporters write a file a tensor
+        return other
+
+    check_links(file, metadata_of(file), lambda name: header_digest(beside(name)))
+    return Checkpoint(onnx_names.weights(read_graph(file, beside)), origin=Origin(NAME, file.path, file))
 
 
 def read_graph(file: SourceFile, beside: Callable[[str], SourceFile]) -> Graph:
@@ -129,6 +162,7 @@ class _Reader:
     def __init__(self, file: SourceFile, beside: Callable[[str], SourceFile]) -> None:
         self._file, self._wire, self._beside = file, Wire(file), beside
         self._opened: dict[str, SourceFile] = {}
+        self._constants: dict[str, Tensor] = {}
 
     def metadata(self) -> dict[str, str]:
         parts = self._wire.fields(0, self._file.size)
@@ -150,10 +184,12 @@ class _Reader:
                         if name in tensors:
                             raise self._corrupt(f"it has {name[:200]!r} twice", name)
                         tensors[name] = tensor
+                    if len(nodes) + len(tensors) > _MOST_PARTS:
+                        raise self._corrupt("it has more nodes than any graph")
         if not graphs:
             raise self._corrupt("it holds no graph")
         self._check_overlaps(tensors)
-        return Graph(self._file, tensors, tuple(nodes), metadata, tuple(self._opened))
+        return Graph(self._file, tensors, tuple(nodes), metadata, tuple(self._opened), self._constants)
 
     def _entry(self, part: Field) -> tuple[str, str]:
         found = {_ENTRY_KEY: "", _ENTRY_VALUE: ""}
@@ -163,22 +199,52 @@ class _Reader:
         return found[_ENTRY_KEY], found[_ENTRY_VALUE]
 
     def _node(self, part: Field) -> Node:
-        texts: dict[int, list[str]] = {number: [] for number in (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP)}
+        numbers = (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_DOMAIN)
+        texts: dict[int, list[str]] = {number: [] for number in numbers}
         metadata: dict[str, str] = {}
+        attributes: list[Field] = []
         for inner in self._wire.fields(part.start, part.end):
             if inner.number in texts:
                 texts[inner.number].append(self._wire.text(inner))
             elif inner.number == _NODE_METADATA:
                 metadata |= dict([self._entry(inner)])
-        op, name = "".join(texts[_NODE_OP]), "".join(texts[_NODE_NAME])
-        return Node(op, name, tuple(texts[_NODE_INPUT]), tuple(texts[_NODE_OUTPUT]), metadata)
+            elif inner.number == _NODE_ATTRIBUTE:
+                attributes.append(inner)
+        op, name, domain = ("".join(texts[number][-1:]) for number in (_NODE_OP, _NODE_NAME, _NODE_DOMAIN))
+        outputs = tuple(texts[_NODE_OUTPUT])
+        integers: dict[str, tuple[int, ...]] = {}
+        for inner in attributes if op in _WITH_ATTRIBUTES else ():
+            integers |= self._attribute(inner, outputs if op == "Constant" else ())
+        return Node(op, name, tuple(texts[_NODE_INPUT]), outputs, metadata, domain, integers)
+
+    def _attribute(self, part: Field, outputs: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        """An attribute's integers; a constant's tensor is kept under the name of its output."""
+        name = ""
+        integers: list[int] = []
+        for inner in self._wire.fields(part.start, part.end):
+            if inner.number == _ATTRIBUTE_NAME:
+                name += self._wire.text(inner)
+            elif inner.number in {_ATTRIBUTE_INT, _ATTRIBUTE_INTS}:
+                integers += self._wire.numbers(inner)
+            elif inner.number == _ATTRIBUTE_TENSOR and outputs and self._is_float(inner):
+                self._constants[outputs[0]] = self._tensor(inner)[1]
+        return {name: tuple(integers)}
+
+    def _is_float(self, part: Field) -> bool:
+        kinds = [inner.value for inner in self._wire.fields(part.start, part.end) if inner.number == _TENSOR_TYPE]
+        dtype = _BY_ONNX.get(kinds[-1]) if kinds else None
+        return dtype is not None and dtype.kind == "float"
 
     def _tensor(self, part: Field) -> tuple[str, Tensor]:
         found: dict[int, list[Field]] = {}
         for inner in self._wire.fields(part.start, part.end):
-            found.setdefault(inner.number, []).append(inner)
-        name = "".join(self._wire.text(inner) for inner in found.get(_TENSOR_NAME, ()))
-        dims = [size for inner in found.get(_TENSOR_DIMS, ()) for size in self._wire.numbers(inner)]
+            if inner.wire in _TENSOR_WIRES.get(inner.number, ()):
+                found.setdefault(inner.number, []).append(inner)
+                if len(found[inner.number]) > _MOST_ENTRIES:
+                    raise self._corrupt("a tensor of it has too many entries")
+        name = self._wire.text(found[_TENSOR_NAME][-1]) if _TENSOR_NAME in found else ""
+        sizes = (size for inner in found.get(_TENSOR_DIMS, ()) for size in self._wire.numbers(inner))
+        dims = list(islice(sizes, _MOST_DIMENSIONS + 1))
         dtype = self._dtype(_last(found, _TENSOR_TYPE), dims, name)
         wanted = dtype.nbytes(tuple(dims))
         if _last(found, _TENSOR_LOCATION) == _EXTERNAL:
@@ -187,7 +253,7 @@ class _Reader:
             raw = found[_TENSOR_RAW][-1]
             content = FileSlice(self._file, raw.start, raw.end - raw.start)
         else:
-            content = self._typed([each for number in _TENSOR_TYPED for each in found.get(number, ())], dtype)
+            content = self._typed(part, dtype, wanted)
         if content.nbytes != wanted:
             raise self._corrupt(f"{name[:200]!r} has {content.nbytes} bytes, but {dtype}{dims} takes {wanted}", name)
         return name, Tensor(dtype, tuple(dims), content)
@@ -199,27 +265,37 @@ class _Reader:
         count = 1
         for size in dims:
             count *= size
-        if len(dims) > _MOST_DIMENSIONS or count >= 1 << 48:
+        if len(dims) > _MOST_DIMENSIONS or max([count, *dims]) >= 1 << 48:
             raise self._corrupt(f"the shape of {name[:200]!r} is absurd", name)
+        if count * dtype.bits % 8:
+            raise self._corrupt(f"{name[:200]!r} doesn't end on a byte", name)
         return dtype
 
-    def _typed(self, fields: list[Field], dtype: DType) -> Data:
-        """Values in a field of their own type; varints are few, and made bytes at once."""
-        if fields and fields[0].wire == 2 and _TENSOR_TYPED[fields[0].number] and len(fields) == 1:
-            return FileSlice(self._file, fields[0].start, fields[0].end - fields[0].start)
-        raw = bytearray()
-        for part in fields:
-            size = _TENSOR_TYPED[part.number]
-            if size:
-                raw += part.value.to_bytes(size, "little")
+    def _typed(self, part: Field, dtype: DType, wanted: int) -> Data:
+        """Values in the field of their type: one run of the file, or else few, and made bytes at once."""
+        number = _TENSOR_TYPED.get(dtype.name, _INT32_DATA)
+        alone, size = _FIXED.get(number, (VARINT, max(1, dtype.bits // 8)))
+        mask, raw, run = (1 << 8 * size) - 1, bytearray(), None
+        for inner in self._wire.fields(part.start, part.end):
+            if inner.number != number or inner.wire not in {alone, BYTES}:
+                continue
+            if inner.wire == BYTES and alone != VARINT:
+                if inner.end - inner.start == wanted and not raw and run is None:
+                    run = inner
+                    continue
+                pieces = iter([self._wire.bytes(inner.start, min(inner.end, inner.start + wanted + 1))])
             else:
-                mask = (1 << dtype.bits) - 1
-                raw += b"".join((value & mask).to_bytes(dtype.itemsize, "little") for value in self._wire.numbers(part))
-        return InMemory(bytes(raw))
+                pieces = ((value & mask).to_bytes(size, "little") for value in self._wire.numbers(inner, alone))
+            for piece in pieces:
+                raw += piece
+                if len(raw) > (wanted if run is None else 0):
+                    raise self._corrupt("a tensor of it has more values than its shape")
+        return InMemory(bytes(raw)) if run is None else FileSlice(self._file, run.start, wanted)
 
     def _external(self, entries: Mapping[str, str], wanted: int, name: str) -> FileSlice:
         location = entries.get("location", "")
-        if not location or any(letter in location for letter in "/\\:\0") or location in {".", ".."}:
+        plain = location not in {"", ".", ".."} and not any(letter in location for letter in "/\\:\0")
+        if not plain or len(location.encode()) > _LONGEST_NAME:
             raise HostileError(
                 f"the bytes of {name[:200]!r} should lie in {location[:200]!r}, which is no name of a file beside it",
                 file=self._file.path,
@@ -269,3 +345,11 @@ def check_links(file: SourceFile, metadata: Mapping[str, str], digest: Callable[
         if digest(name) != recorded:
             message = f"{name[:200]} was written anew since this graph was linked to it"
             raise CorruptError(message, file=file.path, remedy=remedy)
+
+
+def header_digest(file: SourceFile) -> str:
+    """The hash of a safetensors file's header, by which a graph knows the file again; closes it."""
+    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
+    header = file.read(0, min(file.size, 8 + length, MAX_HEADER))
+    file.close()
+    return hashlib.sha256(header).hexdigest()

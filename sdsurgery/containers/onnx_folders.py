@@ -6,23 +6,19 @@ in two parts. What the graphs of this package hold is named as diffusers names i
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint import Checkpoint, Origin, WeightFile
 from ..errors import UnsupportedError
-from ..sources import SourceFile
-from .onnx import DATA, GRAPH, NAME, STYLE, Graph, check_links, metadata_of, read_graph
-from .safetensors import MAX_HEADER
+from ..sources import Data, FileSlice, SourceFile
+from . import onnx_names
+from .onnx import GRAPH, NAME, STYLE, Graph, check_links, header_digest, metadata_of, read_graph
 
 VAE_PARTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
 """Parts of a folder with graphs that are one component."""
-
-CONSTANTS = "const/"
-"""What the names of our own constants begin with, which are no weights."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +27,11 @@ class StoredGraphs:
 
     Attributes:
         style: How they were drawn, as they tell themselves; ``None`` where another program made them.
+        files: The graphs, and what lies beside them for them alone, by name.
     """
 
     style: Mapping[str, Any] | None
+    files: Mapping[str, Data] = field(default_factory=dict)
 
     def add_to(self, plan: Any, checkpoint: Checkpoint) -> None:
         """Add them to what is planned.
@@ -63,9 +61,12 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
 
 
 def weights_of(graph: Graph, part: str) -> WeightFile:
-    """The weights that a graph holds, under its component's keys."""
-    name = f"{part}/{GRAPH}"
-    tensors = {key: tensor for key, tensor in graph.initializers.items() if not key.startswith(CONSTANTS)}
+    """The weights that a graph holds, under its component's keys.
+
+    Raises:
+        UnsupportedError: If there are none, or another program made it, and its weights can't be told.
+    """
+    name, tensors = f"{part}/{GRAPH}", onnx_names.weights(graph)
     origin = Origin(NAME, graph.file.path, graph.file)
     return WeightFile(name, Checkpoint(tensors, origin=origin), f"{component_of(part)}/")
 
@@ -87,17 +88,10 @@ def read(root_source: Callable[[str], SourceFile], part: str, metadata: Mapping[
     """
     file = root_source(f"{part}/{GRAPH}")
     try:
-        check_links(file, metadata, lambda name: _header_digest(root_source(f"{part}/{name}")))
+        check_links(file, metadata, lambda name: header_digest(root_source(f"{part}/{name}")))
         return read_graph(file, lambda name: root_source(f"{part}/{name}"))
     finally:
         file.close()
-
-
-def _header_digest(file: SourceFile) -> str:
-    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
-    header = file.read(0, min(file.size, 8 + length, MAX_HEADER))
-    file.close()
-    return hashlib.sha256(header).hexdigest()
 
 
 def style_of(graphs: Mapping[str, Graph]) -> Mapping[str, Any] | None:
@@ -111,10 +105,12 @@ def style_of(graphs: Mapping[str, Graph]) -> Mapping[str, Any] | None:
     return next((style for style in told if isinstance(style, dict)), None)
 
 
-def files_of(graphs: Mapping[str, Graph]) -> Iterator[str]:
-    """Names of the files that are a graph's own: itself, and what lies beside it for it alone."""
+def files_of(root_source: Callable[[str], SourceFile], graphs: Mapping[str, Graph]) -> dict[str, Data]:
+    """The files that are a graph's own, by name: itself, and what lies beside it for it alone."""
+    found: dict[str, Data] = {}
     for part, graph in graphs.items():
-        yield f"{part}/{GRAPH}"
-        for name in graph.external:
-            if name == DATA or part in VAE_PARTS:
-                yield f"{part}/{name}"
+        beside = [name for name in graph.external if part in VAE_PARTS or not name.endswith(".safetensors")]
+        for name in (GRAPH, *beside):
+            file = root_source(f"{part}/{name}")
+            found[f"{part}/{name}"] = FileSlice(file, 0, file.size)
+    return found

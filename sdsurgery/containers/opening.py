@@ -66,6 +66,10 @@ def _container(file: SourceFile, head: bytes) -> ModuleType:
             raise UnsupportedError(what, file=file.path, remedy=remedy)
     if safetensors.looks_like(head):
         return safetensors
+    if file.path.suffix.lower() == ".onnx":
+        from . import onnx
+
+        return onnx
     # The pickle readers are imported only when one is at hand: most files are safetensors.
     from . import torch_legacy, torch_zip
 

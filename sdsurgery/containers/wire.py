@@ -12,6 +12,9 @@ from ..errors import CorruptError
 from ..sources import SourceFile
 
 _WINDOW = 1 << 16
+_LONGEST_TEXT = 16 << 20
+"""Bytes; names are short, and what exporters say of a graph fits many times."""
+
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
@@ -87,14 +90,16 @@ class Wire:
         Raises:
             CorruptError: If it is none.
         """
+        if field.wire != BYTES or field.end - field.start > _LONGEST_TEXT:
+            raise self._corrupt(field.start)
         try:
             return self.bytes(field.start, field.end).decode()
         except UnicodeDecodeError as error:
             raise self._corrupt(field.start) from error
 
-    def numbers(self, field: Field) -> Iterator[int]:
-        """A repeated integer, packed or not."""
-        if field.wire == VARINT:
+    def numbers(self, field: Field, alone: int = VARINT) -> Iterator[int]:
+        """A repeated integer, packed or not; if not, it is encoded as ``alone`` says."""
+        if field.wire == alone:
             yield field.value
             return
         position = field.start
@@ -110,7 +115,7 @@ class Wire:
             byte = self.bytes(position, position + 1)[0]
             position += 1
             value |= (byte & 0x7F) << shift
-            if byte < 0x80:
+            if byte < 0x80 and value < 1 << 64:
                 return value, position
         raise self._corrupt(position)
 
