@@ -70,15 +70,17 @@ def by_diffusers(folder: str) -> Any:
         folder, provider="CPUExecutionProvider", provider_options=[{}], local_files_only=True
     )
     arguments = given("text")
-    return drawn(pipe, arguments | {"latents": arguments["latents"].numpy()})
+    taken = next(value.type for value in pipe.unet.model.get_inputs() if value.name == "sample")
+    dtype = "float16" if taken == "tensor(float16)" else "float32"
+    return drawn(pipe, arguments | {"latents": arguments["latents"].numpy().astype(dtype)})
 
 
-def by_optimum(folder: str, task: str) -> Any:
-    """What optimum-onnx draws; the pipeline for text is chosen by the folder's index."""
+def by_optimum(folder: str, task: str, *, bind: bool) -> Any:
+    """What optimum-onnx draws; which pipeline is chosen by the folder's index."""
     from optimum import onnxruntime
 
     kind = onnxruntime.ORTPipelineForImage2Image if task == "image" else onnxruntime.ORTDiffusionPipeline
-    pipe = kind.from_pretrained(folder, provider="CPUExecutionProvider", local_files_only=True)
+    pipe = kind.from_pretrained(folder, provider="CPUExecutionProvider", use_io_binding=bind, local_files_only=True)
     return drawn(pipe, given(task))
 
 
@@ -100,10 +102,14 @@ def main() -> None:
     parser.add_argument("task", choices=("text", "image"))
     parser.add_argument("graphs")
     parser.add_argument("torch")
+    parser.add_argument("--bind", action="store_true", help="bind inputs and outputs, as optimum does on a GPU")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(sys.stderr):
-        ours = by_diffusers(asked.graphs) if asked.client == "diffusers" else by_optimum(asked.graphs, asked.task)
+        if asked.client == "diffusers":
+            ours = by_diffusers(asked.graphs)
+        else:
+            ours = by_optimum(asked.graphs, asked.task, bind=asked.bind)
         figures = apart(ours, by_torch(asked.torch, asked.task))
     print(json.dumps(figures | {"installed": installed()}))
 
