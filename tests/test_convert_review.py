@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import synthetic
-from conftest import cli, metadata, outline
+from conftest import cli, metadata, outline, write
 from conftest import raw as raw_file
 from container_support import Raw, State, library_bytes, raw_state
 from convert_support import CLIP, FAMILIES, UNET, VAE, put_strange, shallow, whole
@@ -581,3 +581,18 @@ def test_nothing_is_converted_in_place(source: str, to: str, folders: Folders, t
     result = cli("pipe", tmp_path / source, "--in-place", "--json", "convert", to)
     assert (result.code, result.json["error"]["kind"]) == (2, "usage")
     assert contents(tmp_path) == before
+
+
+def test_heads_that_ldm_has_one_number_for(tmp_path: Path) -> None:
+    """As many heads at every level, however wide: no width of a head says that."""
+    single = write(tmp_path / "model.safetensors", synthetic.model("sd2"))
+    folder = tmp_path / "folder"
+    assert cli("convert", single, folder, "--prediction-type", "v_prediction").code == 0
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["attention_head_dim"] = [1] * len(config["block_out_channels"])
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    back, again = tmp_path / "back.safetensors", tmp_path / "again"
+    assert cli("convert", folder, back).code == 0
+    assert cli("convert", back, again).code == 0
+    found = json.loads((again / "unet" / "config.json").read_text())["attention_head_dim"]
+    assert found in (1, config["attention_head_dim"])

@@ -188,6 +188,8 @@ class _Reader:
                         raise self._corrupt("it has more nodes than any graph")
         if not graphs:
             raise self._corrupt("it holds no graph")
+        if not tensors and not self._constants:
+            raise self._corrupt("it holds no weights")
         self._check_overlaps(tensors)
         return Graph(self._file, tensors, tuple(nodes), metadata, tuple(self._opened), self._constants)
 
@@ -342,6 +344,9 @@ def check_links(file: SourceFile, metadata: Mapping[str, str], digest: Callable[
     if not isinstance(links, dict):
         raise CorruptError("its record of linked files makes no sense", file=file.path, remedy=remedy)
     for name, recorded in links.items():
+        if not name or any(letter in name for letter in "/\\:\0") or name in {".", ".."}:
+            message = f"it was linked to {name[:200]!r}, which is no name of a file beside it"
+            raise HostileError(message, file=file.path, remedy="don't use it, or mend the graph")
         if digest(name) != recorded:
             message = f"{name[:200]} was written anew since this graph was linked to it"
             raise CorruptError(message, file=file.path, remedy=remedy)

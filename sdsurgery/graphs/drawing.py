@@ -25,6 +25,9 @@ OLDEST: Final = 17
 NEWEST: Final = 23
 """The first opsets with Attention, GroupNormalization (as it is now), Gelu, and LayerNormalization; the last used."""
 
+NORMAL_NOISE: Final = 21
+"""The last opset whose RandomNormalLike ONNX Runtime implements, as of 1.32."""
+
 _IR: Final = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 """The IR version that came with an opset."""
 
@@ -109,16 +112,14 @@ class Drawing:
     def scalar(self, value: float, dtype: DType | None = None) -> str:
         """A number."""
         dtype = dtype or self.compute
-        code = {"F32": "f", "F16": "e", "I64": "q", "F64": "d"}.get(dtype.name)
-        raw = struct.pack(f"<{code}", value) if code else struct.pack("<f", value)[2:]  # the upper half of an F32
-        return self._constant(f"scalar_{dtype.name}", dtype, [], raw, (value,))
+        return self._constant(f"scalar_{dtype.name}", dtype, [], _packed(value, dtype), (value,))
 
     def floats(self, name: str, values: Sequence[float]) -> str:
         """A list of numbers in fp32."""
         return self._constant(name, F32, [len(values)], struct.pack(f"<{len(values)}f", *values), ())
 
     def _constant(self, kind: str, dtype: DType, dims: Sequence[int], raw: bytes, values: Sequence[float]) -> str:
-        name = "/".join(["const", kind, *(f"{value:g}" for value in values)])
+        name = "/".join(["const", kind, *map(_label, values)])
         if name not in self._there:
             self.graph.initializer.add(name=name, data_type=dtype.onnx, dims=dims, raw_data=raw)
             self._there.add(name)
@@ -186,16 +187,16 @@ class Drawing:
 
     def doubled(self, value: str) -> str:
         """Every pixel four times."""
-        return self.add("Resize", value, "", self.floats("const/double", (1, 1, 2, 2)), **NEAREST)
+        return self.add("Resize", value, "", self.floats("double", (1, 1, 2, 2)), **NEAREST)
 
     def layer_norm(self, value: str, name: str, epsilon: float) -> str:
         """Over the last axis."""
         inputs = (value, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
-        return self.add("LayerNormalization", *inputs, name=name, axis=-1, epsilon=epsilon)
+        return self.add("LayerNormalization", *inputs, name=name, axis=-1, epsilon=float(epsilon))
 
     def group_norm(self, value: str, name: str, groups: int, epsilon: float) -> str:
         """Over groups of channels."""
-        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        weight, bias, epsilon = self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), float(epsilon)
         if self.opset >= GROUP_NORM:
             return self.add("GroupNormalization", value, weight, bias, name=name, num_groups=groups, epsilon=epsilon)
         ones, zeros = (self._filled(number, groups) for number in (1.0, 0.0))
@@ -207,9 +208,9 @@ class Drawing:
         return self.add("Add", scaled, self.add("Unsqueeze", bias, axes))
 
     def _filled(self, value: float, count: int) -> str:
-        one = self.scalar(value)
-        raw = next(tensor.raw_data for tensor in self.graph.initializer if tensor.name == one)
-        return self._constant(f"filled_{value:g}", self.compute, [count], raw * count, (count,))
+        return self._constant(
+            f"filled_{value:g}", self.compute, [count], _packed(value, self.compute) * count, (count,)
+        )
 
     def attention(self, query: str, key: str, value: str, heads: Heads, *, causal: bool = False) -> str:
         """Scaled dot-product attention on ``[batch, sequence, width]``."""
@@ -248,6 +249,17 @@ class Drawing:
         made = ModelProto(ir_version=_IR[self.opset], producer_name="sdsurgery", graph=self.graph)
         made.opset_import.add(domain="", version=self.opset)
         return made
+
+
+def _packed(value: float, dtype: DType) -> bytes:
+    """A number's bytes."""
+    code = {"F32": "f", "F16": "e", "I32": "i", "I64": "q", "F64": "d"}.get(dtype.name)
+    return struct.pack(f"<{code}", value) if code else struct.pack("<f", value)[2:]  # the upper half of an F32
+
+
+def _label(value: float) -> str:
+    """A number as a name tells it: no two are called the same."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _value(name: str, dtype: DType, shape: Sequence[int | str]) -> ValueInfoProto:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
@@ -27,7 +27,7 @@ from ..dtypes import BY_NAME
 from ..errors import CorruptError, UnsupportedError
 from ..models.configs import NETWORKS
 from ..sources import Data, FileSlice, InMemory, SourceFile, joined, part_of
-from .networks import Drawn, Style, draw
+from .networks import Drawn, Interface, Style, draw
 
 Weights = Literal["shared", "external", "embedded"]
 
@@ -62,6 +62,11 @@ class Graphs:
     style: Style
     weights: Weights = "shared"
     hard_links: bool = True
+
+    @property
+    def files(self) -> Mapping[str, Data]:
+        """None: they are yet to be made."""
+        return {}
 
     def add_to(self, plan: Plan, checkpoint: Checkpoint) -> None:
         """Add the graphs to what is planned for a folder, and take out what they hold themselves.
@@ -148,13 +153,17 @@ def stored(told: Mapping[str, Any]) -> Graphs:
     Raises:
         UnsupportedError: If it makes no sense.
     """
+    nonsense = UnsupportedError(
+        "what its graphs say of how they were made makes no sense", remedy="convert the model again"
+    )
+    if told.get("weights") not in get_args(Weights) or told.get("interface") not in get_args(Interface):
+        raise nonsense
     try:
-        fields = {name: told[name] for name in ("opset", "interface", "family")}
         compute = BY_NAME[told["compute"]] if told["compute"] else None
-        return Graphs(Style(compute=compute, **fields), told["weights"], bool(told["hard_links"]))
+        style = Style(told["opset"], told["interface"], compute, str(told["family"]))
+        return Graphs(style, told["weights"], bool(told["hard_links"]))
     except (KeyError, TypeError) as error:
-        message = "what its graphs say of how they were made makes no sense"
-        raise UnsupportedError(message, remedy="convert the model again") from error
+        raise nonsense from error
 
 
 def relink(folder: Path, *, dry_run: bool = False) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from typing import Any, Literal
 from onnx import ModelProto
 
 from ..checkpoint import Tensor
-from ..dtypes import BY_NAME, F32, I32, I64, DType
-from ..errors import MismatchError, UnsupportedError
+from ..dtypes import BF16, BY_NAME, F32, I32, I64, DType
+from ..errors import CorruptError, MismatchError, UnsupportedError
 from ..models.configs import structure
 from ..models.walks import UNetConfig, VaeConfig
-from .drawing import NEWEST, OLDEST, Drawing
+from .drawing import NEWEST, NORMAL_NOISE, OLDEST, Drawing
 from .text import draw_text_encoder
 from .unet import draw_unet
 from .vae import draw_decoder, draw_encoder
@@ -23,6 +24,24 @@ Interface = Literal["optimum", "diffusers"]
 """Whose inputs and outputs: those of optimum-onnx's pipelines, or of diffusers' ``OnnxStableDiffusionPipeline``."""
 
 _COMPUTABLE = ("F16", "BF16", "F32")
+_BRAIN_CONVOLUTIONS = 22
+"""The first opset whose convolutions may be computed in bf16."""
+
+_DRAWN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "unet": {
+        "act_fn": ("silu", "swish"),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "resnet_out_scale_factor": (1,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+    },
+    "vae": {"act_fn": ("silu", "swish")},
+    "text_encoder": {"hidden_act": ("quick_gelu", "gelu")},
+    "text_encoder_2": {"hidden_act": ("quick_gelu", "gelu")},
+}
+"""Fields that change what is computed but not which weights there are, with the values that are drawn."""
+
 _SIZES = {"sdxl": 6, "sdxl-refiner": 5}
 
 
@@ -48,7 +67,7 @@ class Style:
     """How graphs are to be drawn.
 
     Attributes:
-        opset: Of ONNX's own operators, 17 to 23.
+        opset: Of ONNX's own operators, 17 to 23; at most 21 where a graph draws noise.
         interface: Whose inputs and outputs.
         compute: What to compute in; what most weights of the component are stored in unless given.
         family: Of the model, without its variant.
@@ -60,7 +79,9 @@ class Style:
     family: str = "sd1"
 
     def __post_init__(self) -> None:
-        if not OLDEST <= self.opset <= NEWEST:
+        if self.compute is not None and self.compute.name not in _COMPUTABLE:
+            raise UnsupportedError(f"nothing is computed in {self.compute}", remedy="compute in fp16, bf16 or fp32")
+        if type(self.opset) is not int or not OLDEST <= self.opset <= NEWEST:
             raise UnsupportedError(
                 f"graphs are drawn with the opsets {OLDEST} to {NEWEST}, not {self.opset}", remedy="choose one of those"
             )
@@ -78,11 +99,18 @@ def draw(component: str, document: Mapping[str, Any], tensors: Mapping[str, Tens
     Raises:
         UnsupportedError: If the config tells of something that no graph is known for.
         MismatchError: If a weight is missing.
+        CorruptError: If a field of the config has a value that makes no sense.
     """
+    for field, drawn in _DRAWN[component].items():
+        if document.get(field, drawn[0]) not in drawn:
+            raise UnsupportedError(
+                f"no graph is known for a {component} whose {field} is {document[field]!r}",
+                remedy="only the networks of SD1, SD2, SDXL and its refiner are drawn",
+            )
     compute = style.compute or _commonest(tensors)
     for folder, drawer in _drawers(component, document, style):
-        inner = F32 if folder == "vae_decoder" and _overflows(style, compute) else compute
-        drawing = Drawing(folder, tensors, compute=inner, opset=style.opset)
+        inner = F32 if folder == "vae_decoder" and _overflows(style, compute) else _computed(folder, style, compute)
+        drawing = Drawing(folder, tensors, compute=inner, opset=_opset(folder, style))
         try:
             drawer(drawing)
         except KeyError as error:
@@ -90,12 +118,34 @@ def draw(component: str, document: Mapping[str, Any], tensors: Mapping[str, Tens
             raise MismatchError(
                 message, key=str(error.args[0]), remedy="see what is missing: sdsurgery verify"
             ) from error
+        except (TypeError, ValueError, ArithmeticError, struct.error) as error:
+            message = f"it makes no sense as the config of a {component}: {type(error).__name__}: {error}"
+            file = f"{component}/config.json"
+            raise CorruptError(message, file=file, remedy="download or write it again") from error
         yield Drawn(folder, component, drawing.model(), tuple(drawing.weights))
 
 
 def _overflows(style: Style, compute: DType) -> bool:
     """SDXL's VAE decoder overflows in fp16; nothing in the weights tells the repaired one."""
     return style.compute is None and style.family.startswith("sdxl") and compute.name == "F16"
+
+
+def _computed(folder: str, style: Style, compute: DType) -> DType:
+    """What is computed in where convolutions don't know bf16."""
+    if compute is not BF16 or folder.startswith("text_encoder") or _opset(folder, style) >= _BRAIN_CONVOLUTIONS:
+        return compute
+    if style.compute is None:
+        return F32
+    raise UnsupportedError(
+        f"the {folder} can't be computed in bf16 with the operators of opset {_opset(folder, style)}",
+        remedy=f"compute in fp32 or fp16, or use the opset {_BRAIN_CONVOLUTIONS} or a newer one",
+    )
+
+
+def _opset(folder: str, style: Style) -> int:
+    """ONNX Runtime runs newer opsets but has no noise in them."""
+    noisy = folder == "vae_encoder" and style.interface == "diffusers"
+    return min(style.opset, NORMAL_NOISE) if noisy else style.opset
 
 
 def _commonest(tensors: Mapping[str, Tensor]) -> DType:

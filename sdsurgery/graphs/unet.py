@@ -77,7 +77,7 @@ class _UNet:
         d, half = self.d, width // 2
         rates = [math.exp(-math.log(_LONGEST_PERIOD) * index / (half - self.shift)) for index in range(half)]
         column = d.add("Unsqueeze", d.cast(values, F32), d.ints(1))
-        angles = d.add("Mul", column, d.floats(f"const/rates/{width}", rates))
+        angles = d.add("Mul", column, d.floats(f"rates/{width}", rates))
         waves = [d.add("Sin", angles), d.add("Cos", angles)]
         joined = d.add("Concat", *(reversed(waves) if self.flip else waves), axis=-1)
         return joined if d.compute is F32 else d.cast(joined, d.compute)

@@ -1,10 +1,14 @@
-"""The VAE's two graphs, computed as diffusers' ``AutoencoderKL`` computes them; the latent scale stays outside."""
+"""The VAE's two graphs, computed as diffusers' ``AutoencoderKL`` computes them; the latent scale stays outside.
+
+The sizes of an output are named as terms of those of the input: optimum's pipelines compute them before a run on a GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..dtypes import F32
 from ..models.walks import VaeConfig
 from .drawing import Drawing, Heads
 
@@ -32,7 +36,8 @@ def draw_encoder(drawing: Drawing, config: VaeConfig, document: Mapping[str, Any
         if level < last:
             value = d.conv(value, f"{block}.downsamplers.0.conv", stride=2, pads=(0, 0, 1, 1))
     value = vae.ending(vae.middle(value, "encoder"), "encoder")
-    value, sizes = d.conv(value, "quant_conv"), ["latent_height", "latent_width"]
+    value = d.conv(value, "quant_conv")
+    sizes = [f"{size} / {1 << last}" for size in ("height", "width")]
     if sampled:
         d.output("latent_sample", _sampled(d, value), ["batch", config.latent, *sizes])
     else:
@@ -47,7 +52,10 @@ def _sampled(d: Drawing, parameters: str) -> str:
     mean, log_variance = d.split(parameters, 1)
     clamped = d.add("Clip", log_variance, d.scalar(_LEAST), d.scalar(_MOST))
     deviation = d.add("Exp", d.add("Mul", clamped, d.scalar(0.5)))
-    noise = d.add("RandomNormalLike", mean)
+    if d.compute is F32:
+        noise = d.add("RandomNormalLike", mean)
+    else:  # which knows no bf16 in the opsets that are run
+        noise = d.cast(d.add("RandomNormalLike", d.cast(mean, F32)), d.compute)
     return d.add("Add", mean, d.add("Mul", deviation, noise))
 
 
@@ -63,7 +71,8 @@ def draw_decoder(drawing: Drawing, config: VaeConfig, document: Mapping[str, Any
         if level < len(config.channels) - 1:
             value = d.conv(d.doubled(value), f"{block}.upsamplers.0.conv")
     value = vae.ending(value, "decoder")
-    d.output("sample", value, ["batch", config.pixels, "height", "width"])
+    sizes = [f"{size} * {1 << len(config.channels) - 1}" for size in ("latent_height", "latent_width")]
+    d.output("sample", value, ["batch", config.pixels, *sizes])
 
 
 class _Vae:

@@ -95,17 +95,26 @@ def webui_config(files: FolderFiles, stated: Stated, prediction: Prediction) -> 
         return {}
     assert isinstance(unet.config, UNetConfig)  # noqa: S101 - for the type checker
     assert isinstance(vae.config, VaeConfig)  # noqa: S101
-    heads = _said(files, stated, unet)["attention_head_dim"]
-    first = heads[0] if isinstance(heads, list) else heads
+    heads = _heads(_said(files, stated, unet)["attention_head_dim"], unet.config.channels)
     networks = yaml_config.Networks(
         unet=unet.config,
         vae=vae.config,
-        num_heads=heads if isinstance(heads, int) else None,
-        num_head_channels=None if isinstance(heads, int) else unet.config.channels[0] // first,
+        num_heads=heads[0],
+        num_head_channels=heads[1],
         scale_factor=_said(files, stated, vae)["scaling_factor"],
     )
     text = yaml_config.write(family, variant, prediction.type, networks)
     return {".yaml": InMemory(text.encode())}
+
+
+def _heads(heads: int | list[int], channels: tuple[int, ...]) -> tuple[int | None, int | None]:
+    """The number of heads, or the width of one, as ldm states them; neither where neither is the same everywhere."""
+    if isinstance(heads, int):
+        return heads, None
+    widths = {width / count for width, count in zip(channels, heads, strict=True)}
+    if len(widths) == 1:
+        return None, int(widths.pop())
+    return (heads[0] if len(set(heads)) == 1 else None), None
 
 
 def _said(files: FolderFiles, stated: Stated, component: Component) -> dict[str, Any]:
