@@ -20,8 +20,9 @@ import onnx.numpy_helper
 import onnxruntime
 import pytest
 import safetensors
+import synthetic
 import torch
-from conftest import Result, cli, raw, raw_of
+from conftest import Result, cli, raw, raw_of, write
 from folder_support import put
 from hypothesis import strategies as st
 from oracle_support import Case, assert_same, from_folder, named_as, state
@@ -802,3 +803,25 @@ def test_fields_are_those_that_were_written(scratch: Path, given: list[tuple[int
         except CorruptError:
             continue
         assert len(fewer) < len(given) or not given
+
+
+def test_a_lone_graph_follows_no_link_out_of_its_folder(tmp_path: Path) -> None:
+    single = write(tmp_path / "model.safetensors", synthetic.model("sd1"))
+    folder = tmp_path / "onnx"
+    assert cli("convert", single, folder, "--to", "onnx", "--weights", "external").code == 0
+    assert cli("inspect", folder / "unet" / "model.onnx").code == 0
+    data = folder / "unet" / "model.onnx_data"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    result = cli("inspect", folder / "unet" / "model.onnx", "--json")
+    assert (result.code, result.json["error"]["kind"]) == (3, "hostile")
+
+
+@pytest.mark.parametrize("weights", ["shared", "external", "embedded"])
+def test_the_folder_of_diffusers_own_pipeline_is_sound(weights: str, tmp_path: Path) -> None:
+    single = write(tmp_path / "model.safetensors", synthetic.model("sd1"))
+    folder = tmp_path / "onnx"
+    words = ("--to", "onnx", "--layout", "diffusers-onnx", "--weights", weights)
+    assert cli("convert", single, folder, *words).code == 0
+    (entry,) = cli("verify", folder, "--json").json["models"]
+    assert {each["id"] for each in entry["findings"]} <= {"tokenizer-vocabulary"}

@@ -120,12 +120,9 @@ def read(file: SourceFile) -> Checkpoint:
         UnsupportedError: If its weights were packed for a runtime.
     """
     from . import onnx_names  # which needs this module
+    from .folders import opener
 
-    def beside(name: str) -> SourceFile:
-        other = SourceFile(file.path.parent / name)
-        other.close()  # older exporters write a file a tensor
-        return other
-
+    beside = opener(file.path.parent)
     check_links(file, metadata_of(file), lambda name: header_digest(beside(name)))
     return Checkpoint(onnx_names.weights(read_graph(file, beside)), origin=Origin(NAME, file.path, file))
 

@@ -19,6 +19,9 @@ Lack = Literal["config", "tokenizer", "tokenizer-old", "tokenizer-length"]
 T = TypeVar("T")
 
 _TOKENIZER = "tokenizer"
+_VAE_GRAPH = "vae_decoder"
+"""A part of indexes that speak of ONNX graphs, where the VAE is two."""
+
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _SLOW = (VOCABULARY, MERGES)
 _LIMIT = "model_max_length"
@@ -88,6 +91,8 @@ def _left_out(index: Mapping[str, Any], part: str) -> bool:
 def _index(index: Mapping[str, Any], ours: Mapping[str, Any], parts: list[str]) -> Iterator[Missing]:
     """The index with the parts that it doesn't speak of."""
     silent = {part: ours[part] for part in parts if part != INDEX_NAME and part not in index}
+    if _VAE_GRAPH in index:
+        silent.pop("vae", None)
     if silent:
         yield Missing(INDEX_NAME, "config", indented({**index, **silent}))
 

@@ -227,8 +227,15 @@ def _classes(subject: Subject, index: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _configs_classes(subject, index)
 
 
+_RUNTIME = ("diffusers", "OnnxRuntimeModel")
+"""What diffusers' own ONNX pipeline loads its graphs with."""
+
+
 def _class_of(subject: Subject, name: str, library: str, kind: str) -> Iterator[Finding]:
     plain = kind.removeprefix("FlashPack")
+    folder = subject.checkpoint.folder
+    if (library, kind) == _RUNTIME and folder and folder.graphs:
+        return
     if name == "scheduler":
         if library != "diffusers" or not kind.endswith("Scheduler"):
             where: Facts = {"file": INDEX_NAME, "expected": "a scheduler of diffusers", "seen": f"{library} {kind}"}
