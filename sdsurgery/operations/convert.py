@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from .. import history
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step
@@ -27,6 +27,9 @@ from .base import Operation, Param, Source, input_record, opened
 from .cast import DTypeName
 from .grafts import without_aside
 from .prune import take_ema
+
+if TYPE_CHECKING:
+    from ..graphs.files import Graphs
 
 LayoutName = Literal["ldm", "diffusers", "onnx"]
 WeightsName = Literal["shared", "external", "embedded"]
@@ -125,7 +128,10 @@ class Convert(Operation):
         style = Style(interface=interface, compute=compute, family=model.base_family, **_opset(self.opset))
         graphs = Graphs(style, self.weights or "shared", hard_links=not self.no_hard_links)
         assert checkpoint.folder is not None  # noqa: S101 - for the type checker: it was made a folder
-        return replace(checkpoint, folder=replace(checkpoint.folder, graphs=graphs))
+        step = checkpoint.steps[-1]
+        step = replace(step, notes=(*step.notes, *map(Note, _said_of_graphs(graphs))))
+        folder = replace(checkpoint.folder, graphs=graphs)
+        return replace(checkpoint, folder=folder, steps=(*checkpoint.steps[:-1], step))
 
     def _to_diffusers(self, checkpoint: Checkpoint, model: Model, stated: Stated, changes: list[Change]) -> Checkpoint:
         converted = from_ldm(checkpoint, model) if model.layout == "ldm" else renamed_to_current(checkpoint, model)
@@ -219,6 +225,17 @@ class Convert(Operation):
             facts=facts or {},
         )
         return without_aside(checkpoint).evolve(converted.tensors, step, **fields)
+
+
+def _said_of_graphs(graphs: Graphs) -> Iterator[str]:
+    if graphs.weights == "shared":
+        how = "hard-linked" if graphs.hard_links else "copied"
+        yield "graphs and diffusers share the weights"
+        yield f"the VAE's file lies in three folders, {how} where the file system can't share bytes between files"
+    else:
+        yield f"the weights are {graphs.weights}: diffusers' own pipelines can't load the folder"
+    if graphs.style.family.startswith("sdxl") and graphs.style.compute is None:
+        yield "the VAE's decoder computes in fp32, because SDXL's overflows in fp16: --compute says otherwise"
 
 
 def _opset(given: int | None) -> dict[str, int]:
