@@ -266,7 +266,7 @@ def test_a_name_of_another_format_is_no_folder(name: str, tmp_path: Path) -> Non
 
 def test_to_must_agree_with_the_name(tmp_path: Path) -> None:
     model = put_model(tmp_path / "model.safetensors")
-    for target, to, code in (("folder", "ldm", 2), ("out.safetensors", "diffusers", 2), ("out", "onnx", 2)):
+    for target, to, code in (("folder", "ldm", 2), ("out.safetensors", "diffusers", 2), ("out.safetensors", "onnx", 2)):
         result = cli("convert", model, tmp_path / target, "--to", to, "--json")
         assert result.code == code, result
         assert not (tmp_path / target).exists()
