@@ -21,7 +21,9 @@ from conftest import cli, write
 from synthetic import NARROW
 
 from sdsurgery.inspection.rules import RULES
-from sdsurgery.models.tokenizer import clip_tokens, indented, tokenizer_files
+from sdsurgery.models.configs import indented
+from sdsurgery.models.tokenizer import tokenizer_files
+from sdsurgery.models.tokenizer_reading import clip_tokens
 
 Change = Callable[[Path], object]
 

@@ -77,6 +77,14 @@ def read_document(content: bytes, file: str) -> dict[str, Any]:
     return document
 
 
+def indented(document: Mapping[str, Any]) -> bytes:
+    """A JSON file as transformers and diffusers lay it out, also of text that no file can hold but escaped."""
+    try:
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 can't
+        return (json.dumps(document, indent=2) + "\n").encode()
+
+
 def documents(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """The configs of a folder's parts, the scheduler's included; that of a lone component under an empty name."""
     found: dict[str, dict[str, Any]] = {}

@@ -12,12 +12,12 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, Note
 from .components import Component
-from .configs import CONFIG_NAME, NETWORKS, SCHEDULER_CONFIG_NAME, described
+from .configs import CONFIG_NAME, NETWORKS, SCHEDULER_CONFIG_NAME, described, indented
 from .identify import Model
 from .known import latent_space, provenance_of_vae
 from .position_ids import values
 from .stated import INDEX, Stated, silent_fields
-from .tokenizer import indented, tokenizer_files
+from .tokenizer import tokenizer_files
 from .walks import ClipConfig, Config, Layout, OpenClipConfig, UNetConfig, VaeConfig
 
 INDEX_NAME = "model_index.json"

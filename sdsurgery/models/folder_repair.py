@@ -9,10 +9,12 @@ from typing import Any, Literal, TypeVar
 
 from ..checkpoint import Checkpoint, Note
 from ..sources import Data, InMemory
+from .configs import indented
 from .folder_files import INDEX_NAME, FolderFiles
 from .identify import Model
 from .stated import of_folder_files
-from .tokenizer import FAST, MERGES, VOCABULARY, TokenFiles, indented, read_tokens
+from .tokenizer import FAST, MERGES, VOCABULARY
+from .tokenizer_reading import TokenFiles, read_tokens
 
 Lack = Literal["config", "tokenizer", "tokenizer-old", "tokenizer-length"]
 
