@@ -825,3 +825,13 @@ def test_the_folder_of_diffusers_own_pipeline_is_sound(weights: str, tmp_path: P
     assert cli("convert", single, folder, *words).code == 0
     (entry,) = cli("verify", folder, "--json").json["models"]
     assert {each["id"] for each in entry["findings"]} <= {"tokenizer-vocabulary"}
+
+
+def test_graphs_of_other_parts_are_left_alone(tmp_path: Path) -> None:
+    """Published folders for diffusers' pipeline have a safety checker's graph, which nobody here looks into."""
+    single = write(tmp_path / "model.safetensors", synthetic.model("sd1"))
+    folder = tmp_path / "onnx"
+    assert cli("convert", single, folder, "--to", "onnx", "--weights", "external").code == 0
+    put(folder / "safety_checker" / "model.onnx", b"no graph at all")
+    assert raw_of(sd.open(folder)).keys() == raw_of(sd.open(folder).pipe(sd.Convert("diffusers"))).keys()
+    assert cli("diff", single, folder, "--json").json["identical"]

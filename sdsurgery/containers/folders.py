@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 NAME = "diffusers"
 ONNX = "onnx"
-_GRAPH = "model.onnx"
-_VAE_GRAPHS = frozenset({"vae_encoder", "vae_decoder"})
-_PARTS_OF = {"vae": _VAE_GRAPHS | {"vae"}}
+GRAPH = "model.onnx"
+VAE_GRAPHS = frozenset({"vae_encoder", "vae_decoder"})
+"""Parts of a folder with graphs that are one component, the VAE."""
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -206,7 +206,7 @@ def read(path: Path, variant: str | None, read_file: Callable[[SourceFile], Chec
     root = _Root(path, read_file)
     found, graphs = _Found(), _graphs(root)
     components = _components(root, graphs)
-    if graphs & _PARTS_OF["vae"] and "vae" not in components:
+    if graphs & VAE_GRAPHS and "vae" not in components:
         components["vae"] = _Component("vae")
     if "" not in components:
         _read_top(root, components, found)
@@ -234,9 +234,9 @@ def read(path: Path, variant: str | None, read_file: Callable[[SourceFile], Chec
 
 
 def _graphs(root: _Root) -> frozenset[str]:
-    """The parts of the model that have a graph."""
-    names = (name for name in root.names("")[0] if not name.startswith("."))
-    return frozenset(name for name in names if (root.path / name / _GRAPH).is_file())
+    """The parts of the model that have a graph, of those that are looked into."""
+    parts = VAE_GRAPHS.union(_ORDER).intersection(root.names("")[0])
+    return frozenset(name for name in parts if (root.path / name / GRAPH).is_file())
 
 
 def _take_graphs(root: _Root, parts: Iterable[str], found: _Found) -> None:
@@ -261,7 +261,7 @@ def _take_graphs(root: _Root, parts: Iterable[str], found: _Found) -> None:
             found.graphs[part] = onnx_folders.read(root.source, part, metadata)
         if alone:
             found.weights.append(onnx_folders.weights_of(found.graphs[part], part))
-    own = {*onnx_folders.files_of(root.source, found.graphs), *(found.graphs.keys() & onnx_folders.VAE_PARTS.keys())}
+    own = {*onnx_folders.files_of(root.source, found.graphs), *(found.graphs.keys() & VAE_GRAPHS)}
     found.aside = [entry for entry in found.aside if entry.name not in own]
     found.files = {name: data for name, data in found.files.items() if name not in own}
     found.weights.sort(key=lambda weights: place(weights.prefix.rstrip("/")))
@@ -356,7 +356,7 @@ def _read_top(root: _Root, components: Iterable[str], found: _Found) -> None:
 def _read_component(
     root: _Root, component: _Component, variant: str | None, found: _Found, graphs: Collection[str]
 ) -> None:
-    if component.name in _VAE_GRAPHS and component.name in graphs:
+    if component.name in VAE_GRAPHS and component.name in graphs:
         _read_vae_config(root, component, found)
         return
     try:
@@ -365,7 +365,8 @@ def _read_component(
         if os.path.lexists(root.path / component.name):
             raise
         folders, files = [], []
-    has_graph = bool(_PARTS_OF.get(component.name, {component.name}) & set(graphs))
+    parts = VAE_GRAPHS | {"vae"} if component.name == "vae" else {component.name}
+    has_graph = not parts.isdisjoint(graphs)
     chosen = _choose(root, component, files, variant, found) if not has_graph or _weights_in(files) else None
     taken = _read_weights(root, component, chosen, found) if chosen else set()
     for name in files:

@@ -16,12 +16,10 @@ from ..checkpoint import Checkpoint, Origin, Tensor
 from ..dtypes import BY_NAME, DType
 from ..errors import CorruptError, HostileError
 from ..sources import Data, FileSlice, InMemory, SourceFile
+from .folders import ONNX, opener
 from .safetensors import MAX_HEADER
 from .wire import BYTES, FIXED32, FIXED64, VARINT, Field, Wire
 
-NAME = "onnx"
-
-GRAPH = "model.onnx"
 DATA = "model.onnx_data"
 STYLE = "sdsurgery.style"
 """The metadata entry that tells how a graph was drawn."""
@@ -120,11 +118,10 @@ def read(file: SourceFile) -> Checkpoint:
         UnsupportedError: If its weights were packed for a runtime.
     """
     from . import onnx_names  # which needs this module
-    from .folders import opener
 
     beside = opener(file.path.parent)
     check_links(file, metadata_of(file), lambda name: header_digest(beside(name)))
-    return Checkpoint(onnx_names.weights(read_graph(file, beside)), origin=Origin(NAME, file.path, file))
+    return Checkpoint(onnx_names.weights(read_graph(file, beside)), origin=Origin(ONNX, file.path, file))
 
 
 def read_graph(file: SourceFile, beside: Callable[[str], SourceFile]) -> Graph:

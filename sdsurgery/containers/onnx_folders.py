@@ -15,10 +15,8 @@ from ..checkpoint import Checkpoint, Origin, WeightFile
 from ..errors import UnsupportedError
 from ..sources import Data, FileSlice, SourceFile
 from . import onnx_names
-from .onnx import GRAPH, NAME, STYLE, Graph, check_links, header_digest, metadata_of, read_graph
-
-VAE_PARTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
-"""Parts of a folder with graphs that are one component."""
+from .folders import GRAPH, ONNX, VAE_GRAPHS
+from .onnx import STYLE, Graph, check_links, header_digest, metadata_of, read_graph
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class StoredGraphs:
 
 def component_of(part: str) -> str:
     """The component that a part of a folder with graphs is of."""
-    return VAE_PARTS.get(part, part)
+    return "vae" if part in VAE_GRAPHS else part
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
@@ -67,7 +65,7 @@ def weights_of(graph: Graph, part: str) -> WeightFile:
         UnsupportedError: If there are none, or another program made it, and its weights can't be told.
     """
     name, tensors = f"{part}/{GRAPH}", onnx_names.weights(graph)
-    origin = Origin(NAME, graph.file.path, graph.file)
+    origin = Origin(ONNX, graph.file.path, graph.file)
     return WeightFile(name, Checkpoint(tensors, origin=origin), f"{component_of(part)}/")
 
 
@@ -109,7 +107,7 @@ def files_of(root_source: Callable[[str], SourceFile], graphs: Mapping[str, Grap
     """The files that are a graph's own, by name: itself, and what lies beside it for it alone."""
     found: dict[str, Data] = {}
     for part, graph in graphs.items():
-        beside = [name for name in graph.external if part in VAE_PARTS or not name.endswith(".safetensors")]
+        beside = [name for name in graph.external if part in VAE_GRAPHS or not name.endswith(".safetensors")]
         for name in (GRAPH, *beside):
             file = root_source(f"{part}/{name}")
             found[f"{part}/{name}"] = FileSlice(file, 0, file.size)

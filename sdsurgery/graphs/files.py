@@ -20,8 +20,8 @@ from onnx import GraphProto, ModelProto, TensorProto
 from ..checkpoint import Change, Checkpoint, Tensor
 from ..containers import safetensors
 from ..containers.folder_writing import Plan
-from ..containers.folders import CONFIG, MODEL_INDEX
-from ..containers.onnx import DATA, GRAPH, LINKS, STYLE
+from ..containers.folders import CONFIG, GRAPH, MODEL_INDEX
+from ..containers.onnx import DATA, LINKS, STYLE
 from ..containers.writing import AtomicFile
 from ..dtypes import BY_NAME
 from ..errors import CorruptError, UnsupportedError
