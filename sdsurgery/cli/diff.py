@@ -8,13 +8,10 @@ from typing import Any
 
 import click
 
-from ..checkpoint import Checkpoint
 from ..containers import open as open_checkpoint
-from ..inspection import registry
 from ..inspection.diffing import diff
 from ..inspection.explaining import explain
-from ..inspection.fingerprints import fingerprints
-from ..inspection.known_components import published_matches, publisher
+from ..inspection.known_components import labels
 from ..models.configs import NETWORKS
 from ..reports import diff as report
 from ..reports import documents, files
@@ -60,7 +57,7 @@ def diff_command(one: Path, other: Path, **options: Any) -> int:
         found = diff(*models, asked.components)
         changed = [name for name in NETWORKS if any(change.component == name for change in found.changed)]
         explanations = explain(*models, open_checkpoint(third), changed) if third and changed else []
-        known = _known(models[1], changed)
+        known = labels(models[1], changed) if changed else {}
     if asked.page:
         from ..reports import html
 
@@ -78,19 +75,6 @@ def diff_command(one: Path, other: Path, **options: Any) -> int:
         if asked.page:
             click.echo(printable(f"wrote {asked.page}"))
     return 0 if found.identical or (asked.atol is not None and found.within(asked.atol)) else 1
-
-
-def _known(model: Checkpoint, components: list[str]) -> dict[str, str]:
-    """Which of these components the user's registry knows, or whose figure is published."""
-    names = registry.load()
-    found = {}
-    for each in fingerprints(model, components) if names and components else ():
-        label = registry.known_as(each, names)
-        if label:
-            found[each.component] = label
-    for component, matches in published_matches(model, components=components).items() if components else ():
-        found.setdefault(component, f"{matches[0].name}, by the figure that {publisher()} publishes")
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,23 +114,39 @@ class Known:
     figure: int | None = None
 
 
-def known(checkpoint: Checkpoint) -> dict[str, tuple[Known, ...]]:
+def known(checkpoint: Checkpoint, components: Collection[str] = ()) -> dict[str, tuple[Known, ...]]:
     """What each text encoder, UNet and VAE is known as; reads only what a source has something about.
+
+    Args:
+        checkpoint: The model.
+        components: Only these; all unless given.
 
     Raises:
         CorruptError: If the registry is broken.
     """
     model = identify(checkpoint)
-    networks = [name for name, component in model.networks.items() if component.table]
+    tabled = [name for name, component in model.networks.items() if component.table]
+    networks = [name for name in tabled if not components or name in components]
     names = registry.load()
     found: dict[str, list[Known]] = {name: [] for name in networks}
-    for each in fingerprints(checkpoint) if names and networks else ():
+    for each in fingerprints(checkpoint, networks) if names and networks else ():
         exact = each.exact in names
         if exact or each.fp16 in names:
             found[each.component].append(Known(names[each.exact if exact else each.fp16], "registry", exact))
-    for name, matches in published_matches(checkpoint, model).items():
+    for name, matches in published_matches(checkpoint, model, networks).items() if networks else ():
         found[name] += [Known(match.name, "published figure", exact=False, figure=match.figure) for match in matches]
     return {name: tuple(entries) for name, entries in found.items()}
+
+
+def labels(checkpoint: Checkpoint, components: Collection[str] = ()) -> dict[str, str]:
+    """In words, the first thing that each component is known as; a component that isn't known is left out."""
+    return {name: _label(entries[0]) for name, entries in known(checkpoint, components).items() if entries}
+
+
+def _label(entry: Known) -> str:
+    if entry.by == "registry":
+        return entry.name if entry.exact else f"{entry.name}, rounded to fp16"
+    return f"{entry.name}, by the figure that {publisher()} publishes"
 
 
 def published_vae(checkpoint: Checkpoint, model: Model | None = None) -> Match | None:
