@@ -212,3 +212,14 @@ def test_help_of_an_operation_inside() -> None:
     result = cli("pipe", MERGED, "-o", "x.safetensors", "cast", "--help")
     assert result.code == 0
     assert "--on-overflow" in result.out
+
+
+def test_an_operation_takes_a_number(tmp_path: Path) -> None:
+    import onnx
+
+    words = ["convert", "onnx", "--opset", "18", "--weights", "external", "+", "fix-clip"]
+    assert cli("pipe", FIXTURES / "sd1-ids-ok.safetensors", "-o", tmp_path / "out", *words).code == 0
+    graph = onnx.load(tmp_path / "out" / "unet" / "model.onnx", load_external_data=False)
+    assert [entry.version for entry in graph.opset_import] == [18]
+    refused = cli("pipe", FIXTURES / "sd1-ids-ok.safetensors", "-o", tmp_path / "no", "convert", "onnx", "--opset", "x")
+    assert refused.code == 2

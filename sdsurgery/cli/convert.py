@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,47 +16,39 @@ from .. import progress
 from ..checkpoint import Change, Checkpoint, Step
 from ..containers import folder_writing, folders, save
 from ..containers import open as open_checkpoint
-from ..containers.saving import SUFFIXES, check_target, content, losses
+from ..containers.saving import SUFFIXES, check_target, content, losses, target_container
 from ..containers.writing import AtomicFile
 from ..errors import InputError, MismatchError, SurgeryError, UnsupportedError, UsageError
 from ..models import sidecar as sidecars
 from ..operations import Cast, Convert, sidecar_of
 from ..operations.cast import DTypeName
-from ..operations.convert import GraphLayout, LayoutName, PredictionType, WeightsName
+from ..operations.convert import LayoutName
 from ..reports import documents, terminal
 from .common import Report, WriteOptions, listening, refuse_configs, refuse_output, write_options
+from .surgery import parameters
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What the command line asks for, besides the shared options."""
+    """What the command line asks for, besides the shared options; ``options`` are the operation's own."""
 
     source: Path
     target: Path
-    to: str | None
+    to: LayoutName | None
     dtype: Any
     variant: str | None
     shard_size: str | None
-    ema: bool
     sidecar: bool
-    config: Path | None
-    prediction_type: Any
-    weights: Any
-    graph_layout: Any
-    opset: int | None
-    compute: Any
-    no_hard_links: bool
     relink: bool
+    options: Mapping[str, Any]
 
     @property
     def layout(self) -> LayoutName:
         """The layout to convert to: as told, or by the target's name."""
-        if self.to == "onnx":
-            return "onnx"
         if self.to:
-            return "ldm" if self.to == "ldm" else "diffusers"
+            return self.to
         return "ldm" if self.target.suffix.lower() in SUFFIXES else "diffusers"
 
     @property
@@ -67,6 +60,15 @@ class _Request:
     def folder_options(self) -> dict[str, Any]:
         """How a folder's weights are to be called and split."""
         return {"variant": self.variant, "shard_size": _size(self.shard_size)}
+
+
+def _own_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation's parameters, but for those that the command has its own way with."""
+    decorators = parameters(Convert, without=_OTHERWISE)
+    return functools.reduce(lambda made, option: option(made), reversed(decorators), function)
+
+
+_OTHERWISE = ("to", "sidecar")
 
 
 @click.command("convert")
@@ -84,46 +86,12 @@ class _Request:
     help="Stands in the names of a folder's weights, such as fp16: of those to write, or of those to read.",
 )
 @click.option("--shard-size", metavar="SIZE", help="Split a folder's weights into files of at most this, such as 5GB.")
-@click.option("--ema", is_flag=True, help="Take the EMA weights as the UNet.")
 @click.option(
     "--sidecar",
     is_flag=True,
     help="Keep what a folder can't hold in DST.sidecar.safetensors; on the way back, insist on restoring with it.",
 )
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What shapes don't tell, from a diffusers folder, a component's config.json, or an A1111 .yaml.",
-)
-@click.option(
-    "--prediction-type",
-    type=click.Choice(get_args(PredictionType)),
-    help="What the UNet predicts. Detected unless given, or assumed and said so.",
-)
-@click.option(
-    "--weights",
-    type=click.Choice(get_args(WeightsName)),
-    help="Where ONNX graphs have their weights: in the safetensors files that diffusers reads (shared, unless given), "
-    "in a file of data beside each graph (external), or within the graphs (embedded).",
-)
-@click.option(
-    "--layout",
-    "graph_layout",
-    type=click.Choice(get_args(GraphLayout)),
-    help="Who runs the graphs: optimum's pipelines, unless given, or diffusers' OnnxStableDiffusionPipeline.",
-)
-@click.option("--opset", type=int, metavar="NUMBER", help="Of ONNX's operators, 17 to 23; 23 unless given.")
-@click.option(
-    "--compute",
-    type=click.Choice(get_args(DTypeName)),
-    help="The type that graphs compute in: that of the weights unless given, but fp32 for SDXL's VAE decoder.",
-)
-@click.option(
-    "--no-hard-links",
-    is_flag=True,
-    help="Copy the VAE's shared weights for its two graphs, rather than give one file three names.",
-)
+@_own_options
 @click.option("--relink", is_flag=True, help="Without DST: link the graphs in SRC to the weights as they lie now.")
 @write_options(without=("output", "in_place"))
 def convert_command(options: WriteOptions, **arguments: Any) -> None:
@@ -139,7 +107,9 @@ def convert_command(options: WriteOptions, **arguments: Any) -> None:
         return
     if arguments["target"] is None:
         raise UsageError("no output is named", remedy="name a file or a folder behind the input")
-    request = _Request(**arguments)
+    own = {declared.field.name for declared in Convert.declared()}.difference(_OTHERWISE)
+    stated = {name: arguments.pop(name) for name in own}
+    request = _Request(**arguments, options=stated)
     _check(request)
     with listening(quiet=options.quiet):
         try:
@@ -188,11 +158,8 @@ def _check(request: _Request) -> None:
             f"{request.target.name!r} is no name of a single file",
             remedy=f"give it one of the suffixes {', '.join(SUFFIXES)}",
         )
-    changing = {"--dtype": request.dtype, "--ema": request.ema}
-    if request.layout == "ldm":
-        changing |= {"--config": request.config, "--prediction-type": request.prediction_type}
-    given = next((option for option, value in changing.items() if value), None)
-    if request.sidecar and given:
+    given = _changing(request) if request.sidecar else None
+    if given:
         message = f"--sidecar promises the original back, and {given} asks for another"
         raise UsageError(message, remedy="leave one of the two out")
     if request.layout == "onnx" and not request.into_folder:
@@ -204,6 +171,17 @@ def _check(request: _Request) -> None:
     if request.shard_size is not None and not request.into_folder:
         raise UsageError("a single file has no shards", remedy="leave out --shard-size")
     _size(request.shard_size)
+
+
+def _changing(request: _Request) -> str | None:
+    """An option that asks for another model than the original, if one is given."""
+    changing = {"--dtype": request.dtype, "--ema": request.options["ema"]}
+    if request.layout == "ldm":
+        changing |= {
+            "--config": request.options["config"],
+            "--prediction-type": request.options["prediction_type"],
+        }
+    return next((option for option, value in changing.items() if value), None)
 
 
 def _size(text: str | None) -> int | None:
@@ -231,8 +209,7 @@ def _converted(request: _Request, checkpoint: Checkpoint) -> Checkpoint:
             remedy = "leave out --sidecar, to have what it keeps of the rest"
             raise MismatchError(message, file=beside, remedy=remedy)
         return result
-    options = ("dtype", "ema", "config", "prediction_type")
-    given = next((f"--{name}".replace("_", "-") for name in options if getattr(request, name)), None)
+    given = _changing(request)
     if may_restore and beside.is_file() and given:
         click.echo(terminal.printable(f"warning: {beside} was not used: {given} asks for another file"), err=True)
     elif may_restore and beside.is_file():
@@ -252,18 +229,7 @@ def _sidecar_of_source(source: Path) -> Path:
 
 
 def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Checkpoint:
-    convert = Convert(
-        request.layout,
-        config=request.config,
-        prediction_type=request.prediction_type,
-        ema=request.ema,
-        sidecar=sidecar,
-        weights=request.weights,
-        layout=request.graph_layout,
-        opset=request.opset,
-        compute=request.compute,
-        no_hard_links=request.no_hard_links,
-    )
+    convert = Convert(request.layout, sidecar=sidecar, **request.options)
     result = checkpoint.pipe(convert, *([Cast(request.dtype)] if request.dtype else []))
     if result.folder and not request.into_folder and not folders.is_lone(result):
         raise UsageError(
@@ -277,7 +243,8 @@ def _pipe(request: _Request, checkpoint: Checkpoint, sidecar: Path | None) -> Ch
 
 def _check_yaml(request: _Request, result: Checkpoint) -> None:
     """What lies beside a single file under its name is taken for its config by every loader."""
-    refuse_configs(result, request.target, [request.config] if request.config else [])
+    config = request.options["config"]
+    refuse_configs(result, request.target, [config] if config else [])
     beside = request.target.with_suffix(".yaml")
     if not request.into_folder and ".yaml" not in result.companions and beside.exists():
         message = f"warning: {beside} lies there already, and loaders will take it for the new file's config"
@@ -288,14 +255,16 @@ def _checked(
     request: _Request, checkpoint: Checkpoint, result: Checkpoint, options: WriteOptions
 ) -> tuple[Change, ...]:
     """What the output won't hold, if it may be written; reads no weight."""
-    lost = losses(result, request.target)
+    target_container(result, request.target, in_place=False)
+    if request.into_folder:
+        lost = folder_writing.plan(result, request.target, **request.folder_options).changes
+    else:
+        lost = losses(result, request.target)
     check_target(result, request.target, force=options.force, in_place=False)
     refuse_output(request.target, options)
-    if request.into_folder:
-        folder_writing.plan(result, request.target, **request.folder_options)  # for what it refuses
-        if request.sidecar:
-            beside = sidecars.path_beside(request.target)
-            check_target(replace(checkpoint, folder=None), beside, force=options.force, in_place=False)
+    if request.sidecar and request.into_folder:
+        beside = sidecars.path_beside(request.target)
+        check_target(replace(checkpoint, folder=None), beside, force=options.force, in_place=False)
     _check_yaml(request, result)
     return lost
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -57,9 +57,9 @@ def build(operation: type[Operation], values: dict[str, Any], options: WriteOpti
     return operation(**values, **{name: getattr(options, name) for name in shared})
 
 
-def parameters(operation: type[Operation]) -> list[Callable[[Any], Any]]:
+def parameters(operation: type[Operation], without: Collection[str] = _SHARED) -> list[Callable[[Any], Any]]:
     """Click's decorators for the fields of an operation."""
-    return [_decorator(declared) for declared in operation.declared() if declared.field.name not in _SHARED]
+    return [_decorator(declared) for declared in operation.declared() if declared.field.name not in without]
 
 
 def _decorator(declared: Declared) -> Callable[[Any], Any]:
@@ -84,7 +84,9 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     if get_origin(annotation) in {Union, types.UnionType}:
         choices = [choice for choice in get_args(annotation) if choice is not type(None)]
         literal = next((choice for choice in choices if get_origin(choice) is Literal), None)
-        return (click.Choice(get_args(literal)), False) if literal else (click.Path(path_type=Path), False)
+        if literal:
+            return click.Choice(get_args(literal)), False
+        return (int if choices == [int] else click.Path(path_type=Path)), False
     if get_origin(annotation) is tuple:
         return _click_type(get_args(annotation)[0])[0], True
     if get_origin(annotation) is Literal:
