@@ -629,3 +629,12 @@ def test_nothing_is_fetched_and_nothing_needed_at_start(tmp_path: Path, key: tup
     words = [sys.executable, "-W", "error", "-c", code, model, *key]
     done = subprocess.run(words, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_graph_that_the_signature_leaves_out_is_loaded(tmp_path: Path, key: tuple[Path, Path], theirs: Any) -> None:
+    folder, signature = tmp_path / "onnx", tmp_path / "onnx.sig"
+    words = ("--to", "onnx", "--no-hard-links")
+    assert cli("convert", FIXTURES / "sd1-ids-ok.safetensors", folder, *words).code == 0
+    sign = ["sign", "key", folder, "--private_key", key[0], "--signature", signature]
+    assert theirs(*sign, "--ignore-paths", folder / "unet" / "model.onnx").returncode == 0
+    assert [found.file for found in signing.verify_signature(folder, signature, key[1])] == ["unet/model.onnx"]

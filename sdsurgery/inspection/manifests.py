@@ -79,7 +79,7 @@ def manifest(checkpoint: Checkpoint) -> Manifest:
     """Describe a model; reads each file and each tensor once, both at the same time."""
     model = identify(checkpoint)
     items = sorted(canonical(checkpoint, model).values(), key=lambda item: item.identity)
-    found = dict(_files(checkpoint))
+    found = dict(files_of(checkpoint))
     files = {name: found[name] for name in sorted(found)}
     total = sum(data.nbytes for data in files.values()) + sum(item.tensor.nbytes for item in items)
     with progress.task(f"reading {len(items)} tensors", total) as advance, ThreadPoolExecutor(_THREADS) as pool:
@@ -97,7 +97,7 @@ def manifest(checkpoint: Checkpoint) -> Manifest:
     return Manifest(container, model.layout, model.family, tuple(listed), tuple(tensors))
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, Data]]:
+def files_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Data]]:
     """The files of a model by name; of a folder also configs and tokenizers, but not what it isn't made of."""
     from ..sources import FileSlice
 

@@ -38,7 +38,7 @@ from ..errors import (
 )
 from ..sources import FileSlice, SourceFile, sweep
 from .findings import Finding
-from .manifests import Manifest
+from .manifests import Manifest, files_of
 from .rules import RULES
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -552,7 +552,6 @@ def _is_same(path: Path, other: Path) -> bool:
 def _made_of(path: Path) -> set[str]:
     """The files that a folder's model is made of, so far as it can be opened: whoever loads it reads those."""
     try:
-        folder = open_checkpoint(path).folder
+        return {name for name, _ in files_of(open_checkpoint(path))}
     except SurgeryError:
         return set()
-    return {*folder.files, *folder.indexes, *(file.name for file in folder.weights)} if folder else set()
