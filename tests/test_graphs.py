@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from sdsurgery.checkpoint import Tensor
 from sdsurgery.dtypes import BF16, BY_NAME, BY_TORCH, F16, F32, DType
 from sdsurgery.errors import CorruptError, MismatchError, UnsupportedError
 from sdsurgery.graphs.drawing import Drawing
-from sdsurgery.graphs.files import embedded
+from sdsurgery.graphs.encoding import Place
 from sdsurgery.graphs.networks import Drawn, Style, draw
 from sdsurgery.sources import InMemory
 
@@ -166,7 +167,7 @@ def rounded(module: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 def content(drawn: Drawn, weights: Mapping[str, Tensor]) -> bytes:
     """The graph with its weights within it."""
-    return b"".join(chunk for part in embedded(drawn.model, weights) for chunk in part.chunks())
+    return b"".join(chunk for part in drawn.graph.embedding(weights, {}) for chunk in part.chunks())
 
 
 class Running:
@@ -246,27 +247,44 @@ def token_ids(batch: int, sequence: int, end: int = 90) -> torch.Tensor:
 # ---------------------------------------------------------------- UNets
 
 
+def model_of(drawn: Drawn) -> onnx.ModelProto:
+    """The graph as the onnx package reads it, which writes the same bytes; its weights lie in a row in one file."""
+    sizes = {weight.name: weight.dtype.nbytes(weight.shape) for weight in drawn.graph.weights}
+    begins = itertools.accumulate(sizes.values(), initial=0)
+    places = {name: Place("weights", begin, size) for (name, size), begin in zip(sizes.items(), begins, strict=False)}
+    written = b"".join(drawn.graph.linked(places, {"key": "value"}).chunks())
+    model = onnx.ModelProto.FromString(written)
+    assert model.SerializeToString(deterministic=True) == written
+    assert [(entry.key, entry.value) for entry in model.metadata_props] == [("key", "value")]
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            found = {entry.key: entry.value for entry in tensor.external_data}
+            place = places[tensor.name]
+            assert found == {"location": "weights", "offset": str(place.offset), "length": str(place.nbytes)}
+    return model
+
+
 def told(drawn: Drawn) -> dict[str, tuple[int, tuple[int, ...]]]:
     """The initializers that are weights; what is ours lies within the graph and says so in its name."""
     found = {}
-    for tensor in drawn.model.graph.initializer:
+    for tensor in model_of(drawn).graph.initializer:
         outside = tensor.data_location == onnx.TensorProto.EXTERNAL
         assert outside != tensor.name.startswith("const/"), tensor.name
         if outside:
             assert tensor.name not in found
             found[tensor.name] = (tensor.data_type, tuple(tensor.dims))
-    assert tuple(found) == drawn.weights
+    assert list(found) == [weight.name for weight in drawn.graph.weights]
     return found
 
 
 def used(drawn: Drawn) -> set[str]:
     """The names that nodes read."""
-    return {name for node in drawn.model.graph.node for name in node.input}
+    return {name for node in model_of(drawn).graph.node for name in node.input}
 
 
 def assert_weights(drawn: Drawn, weights: Mapping[str, torch.Tensor], dtype: DType = F32) -> None:
     assert told(drawn) == {key: (dtype.onnx, tuple(value.shape)) for key, value in weights.items()}
-    assert {tensor.name for tensor in drawn.model.graph.initializer} <= used(drawn)
+    assert {tensor.name for tensor in model_of(drawn).graph.initializer} <= used(drawn)
 
 
 @pytest.mark.parametrize("opset", OPSETS)
@@ -335,7 +353,7 @@ def test_brain_floats_are_computed_in_where_the_opset_knows_how(opset: int) -> N
         knows = opset >= 22 or component == "text_encoder"
         for drawn in draw(component, config, found, Style(opset)):
             onnx.checker.check_model(content(drawn, found), full_check=True)
-            kinds = {value.type.tensor_type.elem_type for value in drawn.model.graph.output}
+            kinds = {value.type.tensor_type.elem_type for value in model_of(drawn).graph.output}
             assert kinds == {BF16.onnx if knows else F32.onnx}
         explicit = Style(opset, compute=BF16)
         if knows:
@@ -353,7 +371,7 @@ def test_what_most_weights_are_in_is_computed_in() -> None:
     (drawn,) = draw("unet", config, found, Style())
     kinds = told(drawn)
     assert {key: kind for key, (kind, _) in kinds.items()} == {key: found[key].dtype.onnx for key in mixed}
-    assert drawn.model.graph.input[0].type.tensor_type.elem_type == F16.onnx
+    assert model_of(drawn).graph.input[0].type.tensor_type.elem_type == F16.onnx
     onnx.checker.check_model(content(drawn, found), full_check=True)
     feed, given = unet_inputs(config, (2, 9, 7, 5), np.float16)
     found_sample = Running(drawn, found)(feed)["out_sample"]
@@ -373,7 +391,7 @@ def assert_vae_weights(graphs: Mapping[str, Running], weights: Mapping[str, torc
     for folder, graph in graphs.items():
         own = {key: value for key, value in weights.items() if key.startswith(_ENDS[folder])}
         assert_weights(graph.drawn, own, dtype)
-    assert {name for graph in graphs.values() for name in graph.drawn.weights} == weights.keys()
+    assert {weight.name for graph in graphs.values() for weight in graph.drawn.graph.weights} == weights.keys()
 
 
 @pytest.mark.parametrize("opset", OPSETS)
@@ -515,7 +533,7 @@ def test_weights_that_nothing_computes_with_are_no_part_of_a_graph() -> None:
         "text_projection.weight": torch.zeros(24, 32),
     }
     (drawn,) = draw("text_encoder", config, tensors(state(module) | needless), Style())
-    assert set(drawn.weights) == state(module).keys()
+    assert {weight.name for weight in drawn.graph.weights} == state(module).keys()
 
 
 # ---------------------------------------------------------------- all of them
@@ -538,12 +556,12 @@ def test_every_opset_gives_the_same_bytes_twice_and_has_free_sizes(opset: int) -
     assert first == again
     for drawn, found in all_of(style):
         onnx.checker.check_model(content(drawn, found), full_check=True)
-        (default,) = drawn.model.opset_import
+        (default,) = model_of(drawn).opset_import
         assert (default.domain, default.version) == ("", opset)
-        assert drawn.model.ir_version == onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", opset]
+        assert model_of(drawn).ir_version == onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", opset]
         free = {
             dim.dim_param
-            for value in drawn.model.graph.input
+            for value in model_of(drawn).graph.input
             for dim in value.type.tensor_type.shape.dim
             if dim.dim_param
         }
@@ -556,10 +574,10 @@ def test_every_opset_gives_the_same_bytes_twice_and_has_free_sizes(opset: int) -
                 "text_encoder": {"batch", "sequence"},
             }[drawn.folder]
         )
-        names = [node.name for node in drawn.model.graph.node]
+        names = [node.name for node in model_of(drawn).graph.node]
         assert len(set(names)) == len(names)
-        assert {name for node in drawn.model.graph.node for name in node.output} - used(drawn) == {
-            value.name for value in drawn.model.graph.output
+        assert {name for node in model_of(drawn).graph.node for name in node.output} - used(drawn) == {
+            value.name for value in model_of(drawn).graph.output
         }
 
 
@@ -568,7 +586,7 @@ def test_attention_is_one_node_where_the_opset_has_it_and_nothing_is_upcast(name
     module, config = unet(name)
     for opset in (22, 23):
         (drawn,) = draw("unet", config, tensors(state(module)), Style(opset))
-        kinds = [node.op_type for node in drawn.model.graph.node]
+        kinds = [node.op_type for node in model_of(drawn).graph.node]
         fused = opset == 23 and not config["upcast_attention"]
         attentions = sum(key.endswith("to_q.weight") for key in state(module))
         assert (kinds.count("Attention"), kinds.count("Softmax")) == ((attentions, 0) if fused else (0, attentions))

@@ -793,7 +793,7 @@ def test_fields_are_those_that_were_written(scratch: Path, given: list[tuple[int
     path = put(scratch / "wire", content)
     wired = Wire(SourceFile(path))
     found = [
-        (each.number, each.wire, wired.bytes(each.start, each.end) if each.wire == BYTES else each.value)
+        (each.number, each.wire, wired.read(each.start, each.end) if each.wire == BYTES else each.value)
         for each in wired.fields(0, len(content))
     ]
     assert found == given

@@ -128,7 +128,7 @@ def _relink(arguments: Mapping[str, Any], options: WriteOptions) -> None:
     """Link a folder's graphs to the weights beside them."""
     if arguments["target"] is not None:
         raise UsageError("--relink mends a folder where it is", remedy="name no output")
-    from ..graphs.files import relink
+    from ..graphs.relinking import relink
 
     done = relink(arguments["source"], dry_run=options.dry_run)
     if options.json:

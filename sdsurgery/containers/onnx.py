@@ -17,6 +17,33 @@ from ..dtypes import BY_NAME, DType
 from ..errors import CorruptError, HostileError
 from ..sources import Data, FileSlice, InMemory, SourceFile
 from .folders import ONNX, opener
+from .onnx_fields import (
+    ATTRIBUTE_INT,
+    ATTRIBUTE_INTS,
+    ATTRIBUTE_NAME,
+    ATTRIBUTE_TENSOR,
+    ENTRY_KEY,
+    ENTRY_VALUE,
+    EXTERNAL,
+    GRAPH_INITIALIZER,
+    GRAPH_NODE,
+    MODEL_GRAPH,
+    MODEL_METADATA,
+    NODE_ATTRIBUTE,
+    NODE_DOMAIN,
+    NODE_INPUT,
+    NODE_METADATA,
+    NODE_NAME,
+    NODE_OP,
+    NODE_OUTPUT,
+    TENSOR_DIMS,
+    TENSOR_EXTERNAL,
+    TENSOR_INT32,
+    TENSOR_LOCATION,
+    TENSOR_NAME,
+    TENSOR_RAW,
+    TENSOR_TYPE,
+)
 from .safetensors import MAX_HEADER
 from .wire import BYTES, FIXED32, FIXED64, VARINT, Field, Wire
 
@@ -34,32 +61,22 @@ _MOST_PARTS = 1 << 18
 
 _REMEDY = "download or export it again"
 
-# Numbers of fields: ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, StringStringEntryProto.
-_MODEL_GRAPH, _MODEL_METADATA = 7, 14
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN, _NODE_METADATA = 1, 2, 3, 4, 5, 7, 9
-_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR, _ATTRIBUTE_INTS = 1, 3, 5, 8
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 1, 2, 8, 9
-_TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _TENSOR_TYPED = {"F32": 4, "C64": 4, "F64": 10, "C128": 10, "I64": 7, "U32": 11, "U64": 11}
 """The field of values of a type: float, double, int64 and uint64 data; all else is int32 data."""
-_INT32_DATA = 5
 _FIXED = {4: (FIXED32, 4), 10: (FIXED64, 8)}
 """Fields of values that are no varints: how one stands alone, and its bytes."""
 _TENSOR_WIRES = {
-    _TENSOR_DIMS: (VARINT, BYTES),
-    _TENSOR_TYPE: (VARINT,),
-    _TENSOR_NAME: (BYTES,),
-    _TENSOR_RAW: (BYTES,),
-    _TENSOR_EXTERNAL: (BYTES,),
-    _TENSOR_LOCATION: (VARINT,),
+    TENSOR_DIMS: (VARINT, BYTES),
+    TENSOR_TYPE: (VARINT,),
+    TENSOR_NAME: (BYTES,),
+    TENSOR_RAW: (BYTES,),
+    TENSOR_EXTERNAL: (BYTES,),
+    TENSOR_LOCATION: (VARINT,),
 }
 """How the fields of a tensor are encoded; what is encoded otherwise, protocol buffers don't know."""
 _MOST_ENTRIES = 64
 _LONGEST_NAME = 255
 """Bytes of a file's name, on all common systems."""
-_ENTRY_KEY, _ENTRY_VALUE = 1, 2
-_EXTERNAL = 1
 
 _WITH_ATTRIBUTES = {"Constant", "Gemm", "Transpose"}
 """Operators whose attributes say something about weights."""
@@ -160,7 +177,7 @@ class _Reader:
 
     def metadata(self) -> dict[str, str]:
         parts = self._wire.fields(0, self._file.size)
-        return dict(self._entry(part) for part in parts if part.number == _MODEL_METADATA)
+        return dict(self._entry(part) for part in parts if part.number == MODEL_METADATA)
 
     def graph(self) -> Graph:
         nodes: list[Node] = []
@@ -168,12 +185,12 @@ class _Reader:
         metadata = self.metadata()
         graphs = 0
         for part in self._wire.fields(0, self._file.size):
-            if part.number == _MODEL_GRAPH:
+            if part.number == MODEL_GRAPH:
                 graphs += 1
                 for inner in self._wire.fields(part.start, part.end):
-                    if inner.number == _GRAPH_NODE:
+                    if inner.number == GRAPH_NODE:
                         nodes.append(self._node(inner))
-                    elif inner.number == _GRAPH_INITIALIZER:
+                    elif inner.number == GRAPH_INITIALIZER:
                         name, tensor = self._tensor(inner)
                         if name in tensors:
                             raise self._corrupt(f"it has {name[:200]!r} twice", name)
@@ -188,46 +205,46 @@ class _Reader:
         return Graph(self._file, tensors, tuple(nodes), metadata, tuple(self._opened), self._constants)
 
     def _entry(self, part: Field) -> tuple[str, str]:
-        found = {_ENTRY_KEY: "", _ENTRY_VALUE: ""}
+        found = {ENTRY_KEY: "", ENTRY_VALUE: ""}
         for inner in self._wire.fields(part.start, part.end):
             if inner.number in found:
                 found[inner.number] = self._wire.text(inner)
-        return found[_ENTRY_KEY], found[_ENTRY_VALUE]
+        return found[ENTRY_KEY], found[ENTRY_VALUE]
 
     def _node(self, part: Field) -> Node:
-        numbers = (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_DOMAIN)
+        numbers = (NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_DOMAIN)
         texts: dict[int, list[str]] = {number: [] for number in numbers}
         metadata: dict[str, str] = {}
         attributes: list[Field] = []
         for inner in self._wire.fields(part.start, part.end):
             if inner.number in texts:
                 texts[inner.number].append(self._wire.text(inner))
-            elif inner.number == _NODE_METADATA:
+            elif inner.number == NODE_METADATA:
                 metadata |= dict([self._entry(inner)])
-            elif inner.number == _NODE_ATTRIBUTE:
+            elif inner.number == NODE_ATTRIBUTE:
                 attributes.append(inner)
-        op, name, domain = ("".join(texts[number][-1:]) for number in (_NODE_OP, _NODE_NAME, _NODE_DOMAIN))
-        outputs = tuple(texts[_NODE_OUTPUT])
+        op, name, domain = ("".join(texts[number][-1:]) for number in (NODE_OP, NODE_NAME, NODE_DOMAIN))
+        outputs = tuple(texts[NODE_OUTPUT])
         integers: dict[str, tuple[int, ...]] = {}
         for inner in attributes if op in _WITH_ATTRIBUTES else ():
             integers |= self._attribute(inner, outputs if op == "Constant" else ())
-        return Node(op, name, tuple(texts[_NODE_INPUT]), outputs, metadata, domain, integers)
+        return Node(op, name, tuple(texts[NODE_INPUT]), outputs, metadata, domain, integers)
 
     def _attribute(self, part: Field, outputs: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
         """An attribute's integers; a constant's tensor is kept under the name of its output."""
         name = ""
         integers: list[int] = []
         for inner in self._wire.fields(part.start, part.end):
-            if inner.number == _ATTRIBUTE_NAME:
+            if inner.number == ATTRIBUTE_NAME:
                 name += self._wire.text(inner)
-            elif inner.number in {_ATTRIBUTE_INT, _ATTRIBUTE_INTS}:
+            elif inner.number in {ATTRIBUTE_INT, ATTRIBUTE_INTS}:
                 integers += self._wire.numbers(inner)
-            elif inner.number == _ATTRIBUTE_TENSOR and outputs and self._is_float(inner):
+            elif inner.number == ATTRIBUTE_TENSOR and outputs and self._is_float(inner):
                 self._constants[outputs[0]] = self._tensor(inner)[1]
         return {name: tuple(integers)}
 
     def _is_float(self, part: Field) -> bool:
-        kinds = [inner.value for inner in self._wire.fields(part.start, part.end) if inner.number == _TENSOR_TYPE]
+        kinds = [inner.value for inner in self._wire.fields(part.start, part.end) if inner.number == TENSOR_TYPE]
         dtype = _BY_ONNX.get(kinds[-1]) if kinds else None
         return dtype is not None and dtype.kind == "float"
 
@@ -238,15 +255,15 @@ class _Reader:
                 found.setdefault(inner.number, []).append(inner)
                 if len(found[inner.number]) > _MOST_ENTRIES:
                     raise self._corrupt("a tensor of it has too many entries")
-        name = self._wire.text(found[_TENSOR_NAME][-1]) if _TENSOR_NAME in found else ""
-        sizes = (size for inner in found.get(_TENSOR_DIMS, ()) for size in self._wire.numbers(inner))
+        name = self._wire.text(found[TENSOR_NAME][-1]) if TENSOR_NAME in found else ""
+        sizes = (size for inner in found.get(TENSOR_DIMS, ()) for size in self._wire.numbers(inner))
         dims = list(islice(sizes, _MOST_DIMENSIONS + 1))
-        dtype = self._dtype(_last(found, _TENSOR_TYPE), dims, name)
+        dtype = self._dtype(_last(found, TENSOR_TYPE), dims, name)
         wanted = dtype.nbytes(tuple(dims))
-        if _last(found, _TENSOR_LOCATION) == _EXTERNAL:
-            content: Data = self._external(dict(map(self._entry, found.get(_TENSOR_EXTERNAL, ()))), wanted, name)
-        elif _TENSOR_RAW in found:
-            raw = found[_TENSOR_RAW][-1]
+        if _last(found, TENSOR_LOCATION) == EXTERNAL:
+            content: Data = self._external(dict(map(self._entry, found.get(TENSOR_EXTERNAL, ()))), wanted, name)
+        elif TENSOR_RAW in found:
+            raw = found[TENSOR_RAW][-1]
             content = FileSlice(self._file, raw.start, raw.end - raw.start)
         else:
             content = self._typed(part, dtype, wanted)
@@ -269,7 +286,7 @@ class _Reader:
 
     def _typed(self, part: Field, dtype: DType, wanted: int) -> Data:
         """Values in the field of their type: one run of the file, or else few, and made bytes at once."""
-        number = _TENSOR_TYPED.get(dtype.name, _INT32_DATA)
+        number = _TENSOR_TYPED.get(dtype.name, TENSOR_INT32)
         alone, size = _FIXED.get(number, (VARINT, max(1, dtype.bits // 8)))
         mask, raw, run = (1 << 8 * size) - 1, bytearray(), None
         for inner in self._wire.fields(part.start, part.end):
@@ -279,7 +296,7 @@ class _Reader:
                 if inner.end - inner.start == wanted and not raw and run is None:
                     run = inner
                     continue
-                pieces = iter([self._wire.bytes(inner.start, min(inner.end, inner.start + wanted + 1))])
+                pieces = iter([self._wire.read(inner.start, min(inner.end, inner.start + wanted + 1))])
             else:
                 pieces = ((value & mask).to_bytes(size, "little") for value in self._wire.numbers(inner, alone))
             for piece in pieces:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
-
 from ..checkpoint import Tensor
 from ..dtypes import F32, I64, DType
+from . import encoding
+from .encoding import Graph, Weight
 
 FUSED_ATTENTION: Final = 23
 GROUP_NORM: Final = 21
@@ -27,10 +27,6 @@ NEWEST: Final = 23
 
 NORMAL_NOISE: Final = 21
 """The last opset whose RandomNormalLike ONNX Runtime implements, as of 1.32."""
-
-_IR: Final = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
-"""The IR version that came with an opset."""
-
 
 NEAREST: Final = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 """What torch calls nearest."""
@@ -60,44 +56,36 @@ class Drawing:
     """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor], *, compute: DType, opset: int) -> None:
-        self.opset, self.compute = opset, compute
-        self.graph = GraphProto(name=name)
+        self.name, self.opset, self.compute = name, opset, compute
         self._tensors = tensors
-        self._there: set[str] = set()
-        self._weights: list[str] = []
+        self._nodes: list[bytes] = []
+        self._inputs: list[bytes] = []
+        self._outputs: list[bytes] = []
+        self._initializers: dict[str, Weight | bytes] = {}
         self._cast: dict[str, str] = {}
 
     # ------------------------------------------------------------ inputs, outputs, weights
 
     def input(self, name: str, dtype: DType, shape: Sequence[int | str]) -> str:
         """An input; a size by a name is free."""
-        self.graph.input.append(_value(name, dtype, shape))
+        self._inputs.append(encoding.graph_input(name, dtype, shape))
         return name
 
     def output(self, name: str, value: str, shape: Sequence[int | str]) -> None:
         """An output in the dtype that is computed in."""
         self.add("Identity", value, output=name)
-        self.graph.output.append(_value(name, self.compute, shape))
+        self._outputs.append(encoding.graph_output(name, self.compute, shape))
 
     def weight(self, name: str) -> str:
         """A weight as the graph computes with it."""
         tensor = self._tensors[name]
-        if name not in self._there:
-            made = self.graph.initializer.add(name=name, data_type=tensor.dtype.onnx)
-            made.dims.extend(tensor.shape)
-            made.data_location = TensorProto.EXTERNAL
-            self._there.add(name)
-            self._weights.append(name)
+        if name not in self._initializers:
+            self._initializers[name] = Weight(name, tensor.dtype, tensor.shape)
         if tensor.dtype is self.compute:
             return name
         if name not in self._cast:
             self._cast[name] = self.cast(name, self.compute)
         return self._cast[name]
-
-    @property
-    def weights(self) -> list[str]:
-        """The names of the weights that it uses, in the order in which it came to them."""
-        return self._weights
 
     def has(self, name: str) -> bool:
         """Whether the model has a weight of that name."""
@@ -120,9 +108,8 @@ class Drawing:
 
     def _constant(self, kind: str, dtype: DType, dims: Sequence[int], raw: bytes, values: Sequence[float]) -> str:
         name = "/".join(["const", kind, *map(_label, values)])
-        if name not in self._there:
-            self.graph.initializer.add(name=name, data_type=dtype.onnx, dims=dims, raw_data=raw)
-            self._there.add(name)
+        if name not in self._initializers:
+            self._initializers[name] = encoding.constant(name, dtype, dims, raw)
         return name
 
     # ------------------------------------------------------------ nodes
@@ -134,20 +121,16 @@ class Drawing:
     def _node(
         self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], output: str = "", name: str = ""
     ) -> str:
-        node = self.graph.node.add(op_type=op, name=name or f"{op}_{len(self.graph.node)}")
-        node.input.extend(inputs)
-        made = output or str(node.name)
-        node.output.append(made)
-        _set(node, attributes)
-        return made
+        name = name or f"{op}_{len(self._nodes)}"
+        self._nodes.append(encoding.node(op, name, inputs, [output or name], attributes))
+        return output or name
 
     def split(self, value: str, axis: int) -> tuple[str, str]:
         """Two halves."""
-        node = self.graph.node.add(op_type="Split", name=f"Split_{len(self.graph.node)}")
-        node.input.append(value)
-        node.output.extend([f"{node.name}_0", f"{node.name}_1"])
-        _set(node, {"axis": axis} | ({"num_outputs": 2} if self.opset >= 18 else {}))
-        return node.output[0], node.output[1]
+        name = f"Split_{len(self._nodes)}"
+        attributes = {"axis": axis} | ({"num_outputs": 2} if self.opset >= 18 else {})
+        self._nodes.append(encoding.node("Split", name, [value], [f"{name}_0", f"{name}_1"], attributes))
+        return f"{name}_0", f"{name}_1"
 
     def cast(self, value: str, dtype: DType) -> str:
         """In another dtype."""
@@ -244,11 +227,10 @@ class Drawing:
         full = self.add("Expand", self.scalar(float("-inf"), dtype), square)
         return self.add("Trilu", full, self.scalar(1, I64), upper=1)
 
-    def model(self) -> ModelProto:
-        """The whole, as a model."""
-        made = ModelProto(ir_version=_IR[self.opset], producer_name="sdsurgery", graph=self.graph)
-        made.opset_import.add(domain="", version=self.opset)
-        return made
+    def graph(self) -> Graph:
+        """What has been drawn."""
+        values = b"".join([*self._inputs, *self._outputs])
+        return Graph(self.name, self.opset, b"".join(self._nodes), tuple(self._initializers.values()), values)
 
 
 def _packed(value: float, dtype: DType) -> bytes:
@@ -260,30 +242,3 @@ def _packed(value: float, dtype: DType) -> bytes:
 def _label(value: float) -> str:
     """A number as a name tells it: no two are called the same."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-def _value(name: str, dtype: DType, shape: Sequence[int | str]) -> ValueInfoProto:
-    info = ValueInfoProto(name=name)
-    info.type.tensor_type.elem_type = dtype.onnx or 0
-    info.type.tensor_type.shape.SetInParent()
-    for size in shape:
-        axis = info.type.tensor_type.shape.dim.add()
-        if isinstance(size, int):
-            axis.dim_value = size
-        else:
-            axis.dim_param = size
-    return info
-
-
-def _set(node: NodeProto, attributes: Mapping[str, Any]) -> None:
-    for key, value in attributes.items():
-        entry = node.attribute.add(name=key)
-        if isinstance(value, float):
-            entry.type, entry.f = AttributeProto.FLOAT, value
-        elif isinstance(value, int):
-            entry.type, entry.i = AttributeProto.INT, value
-        elif isinstance(value, str):
-            entry.type, entry.s = AttributeProto.STRING, value.encode()
-        else:
-            entry.type = AttributeProto.INTS
-            entry.ints.extend(value)

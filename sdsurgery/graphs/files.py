@@ -11,40 +11,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import onnx
-from onnx import GraphProto, ModelProto, TensorProto
-
 from ..checkpoint import Change, Checkpoint, Tensor
-from ..containers import safetensors
 from ..containers.folder_writing import Plan
 from ..containers.folders import CONFIG, GRAPH, MODEL_INDEX
 from ..containers.onnx import DATA, LINKS, STYLE
-from ..containers.writing import AtomicFile
 from ..dtypes import BY_NAME
-from ..errors import CorruptError, UnsupportedError
+from ..errors import UnsupportedError
 from ..models.configs import NETWORKS
-from ..sources import Data, FileSlice, InMemory, SourceFile, joined, part_of
+from ..sources import Data, InMemory, joined, part_of
+from .encoding import Place
 from .networks import Drawn, Interface, Style, draw
 
 Weights = Literal["shared", "external", "embedded"]
 
 _ALIGNMENT = 4096
 """A page: ONNX Runtime maps external tensors that begin on one."""
-
-_LARGEST = (1 << 31) - 1
-"""Bytes of the largest message that protocol buffers can hold."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a weight lies: a file beside the graph, and a run of its bytes."""
-
-    file: str
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +68,7 @@ class Graphs:
                 continue
             document = _config(plan, component)
             for drawn in draw(component, document, tensors, self.style):
-                drawn.model.metadata_props.add(key=STYLE, value=self._told())
-                used |= {prefix + name for name in drawn.weights}
+                used |= {prefix + weight.name for weight in drawn.graph.weights}
                 self._add(plan, drawn, tensors)
         if self.weights != "shared":
             for name in [name for name in plan.outputs if _holds_weights(name)]:
@@ -105,11 +87,10 @@ class Graphs:
         if drawn.folder != drawn.component:
             plan.add(f"{drawn.folder}/{CONFIG}", plan.outputs[f"{drawn.component}/{CONFIG}"])
         if self.weights == "embedded":
-            plan.add(name, embedded(drawn.model, tensors))
+            plan.add(name, drawn.graph.embedding(tensors, {STYLE: self._told()}))
         elif self.weights == "external":
             places, parts = laid_out(drawn, tensors)
-            link(drawn.model, places, {})
-            plan.add(name, (_serialized(drawn.model),))
+            plan.add(name, (drawn.graph.linked(places, {STYLE: self._told()}),))
             plan.add(f"{drawn.folder}/{DATA}", parts)
         else:
             plan.add(name, (self._shared(plan, drawn),))
@@ -126,8 +107,12 @@ class Graphs:
             places |= found
             if drawn.folder != drawn.component:
                 plan.twice[f"{drawn.folder}/{file}"] = path
-        link(drawn.model, places, headers)
-        return _serialized(drawn.model)
+        return drawn.graph.linked(places, {STYLE: self._told(), LINKS: recorded(headers)})
+
+
+def recorded(headers: Mapping[str, str]) -> str:
+    """The hashes of headers, as a graph keeps them."""
+    return json.dumps(dict(headers), sort_keys=True)
 
 
 _RUN_BY_DIFFUSERS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -166,52 +151,6 @@ def stored(told: Mapping[str, Any]) -> Graphs:
         raise nonsense from error
 
 
-def relink(folder: Path, *, dry_run: bool = False) -> list[str]:
-    """Link a folder's graphs to the safetensors files beside them as those are now; the graphs that weren't.
-
-    Raises:
-        UnsupportedError: If there is no graph of ours in it.
-        CorruptError: If the weights aren't those that a graph was drawn for.
-    """
-    parts = [path.parent for path in sorted(folder.glob(f"*/{GRAPH}")) if not path.parent.name.startswith(".")]
-    graphs = [(part, onnx.load(part / GRAPH, load_external_data=False)) for part in parts]
-    ours = [(part, model) for part, model in graphs if any(entry.key == LINKS for entry in model.metadata_props)]
-    if not ours:
-        message = "no graph in it was linked to shared weights by sdsurgery"
-        raise UnsupportedError(message, file=folder, remedy="make one: sdsurgery convert --to onnx")
-    done = []
-    for part, model in ours:
-        before = model.SerializeToString(deterministic=True)
-        _relink_part(part, model)
-        after = model.SerializeToString(deterministic=True)
-        if after != before:
-            done.append(f"{part.name}/{GRAPH}")
-            if not dry_run:
-                with AtomicFile(part / GRAPH, replace=True, size=len(after), advance=lambda _count: None) as out:
-                    out.write(after)
-    return done
-
-
-def _relink_part(part: Path, model: ModelProto) -> None:
-    """Link one graph, whose weights must all be there as it has them."""
-    places: dict[str, Place] = {}
-    headers: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(part.glob("*.safetensors")):
-        file = SourceFile(path)
-        shapes |= {key: tensor.shape for key, tensor in safetensors.read(file).items()}
-        found, headers[path.name] = header_places(FileSlice(file, 0, file.size), path.name)
-        places |= found
-        file.close()
-    for tensor in model.graph.initializer:
-        fits = shapes.get(tensor.name) == tuple(tensor.dims)
-        if tensor.data_location == TensorProto.EXTERNAL and not fits:
-            message = f"the weights beside it have no {tensor.name} of the shape {list(tensor.dims)}"
-            remedy = "convert the model again: its graph was drawn for other weights"
-            raise CorruptError(message, file=part / GRAPH, key=tensor.name, remedy=remedy)
-    link(model, places, headers)
-
-
 def _holds_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".safetensors.index.json"))
 
@@ -241,75 +180,10 @@ def header_places(file: Data, name: str) -> tuple[dict[str, Place], str]:
 def laid_out(drawn: Drawn, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Place], tuple[Data, ...]]:
     """One file of data for a graph: the weights in their order, each on a page of its own if it fills one."""
     places, parts, position = {}, [], 0
-    for name in drawn.weights:
-        data = tensors[name].data
+    for weight in drawn.graph.weights:
+        data = tensors[weight.name].data
         gap = -position % _ALIGNMENT if data.nbytes >= _ALIGNMENT else 0
         parts += [InMemory(bytes(gap)), data] if gap else [data]
-        places[name] = Place(DATA, position + gap, data.nbytes)
+        places[weight.name] = Place(DATA, position + gap, data.nbytes)
         position += gap + data.nbytes
     return places, tuple(parts)
-
-
-def link(model: ModelProto, places: Mapping[str, Place], headers: Mapping[str, str]) -> None:
-    """Say where each weight lies, and to which headers that was read off."""
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        place = places[tensor.name]
-        del tensor.external_data[:]
-        for key, value in (("location", place.file), ("offset", place.offset), ("length", place.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != LINKS]
-    del model.metadata_props[:]
-    for key, value in [*kept, *([(LINKS, json.dumps(dict(headers), sort_keys=True))] if headers else [])]:
-        model.metadata_props.add(key=key, value=value)
-
-
-def _serialized(model: ModelProto) -> InMemory:
-    return InMemory(model.SerializeToString(deterministic=True))
-
-
-def embedded(model: ModelProto, tensors: Mapping[str, Tensor]) -> tuple[Data, ...]:
-    """The graph with its weights within it, as pieces: no weight is read.
-
-    Raises:
-        UnsupportedError: If protocol buffers can't hold as much.
-    """
-    small, pieces = GraphProto(), []
-    small.CopyFrom(model.graph)
-    del small.initializer[:]
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            small.initializer.append(tensor)
-            continue
-        data = tensors[tensor.name].data
-        bare = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims).SerializeToString()
-        head = bare + _field(_RAW_DATA, data.nbytes)
-        pieces += [InMemory(_field(_INITIALIZER, len(head) + data.nbytes) + head), data]
-    body = small.SerializeToString(deterministic=True)
-    size = len(body) + sum(piece.nbytes for piece in pieces)
-    if size > _LARGEST:
-        raise UnsupportedError(
-            f"{size:,} bytes are more than a graph can hold", remedy="keep the weights beside it: --weights external"
-        )
-    rest = ModelProto()
-    rest.CopyFrom(model)
-    rest.ClearField("graph")
-    return (InMemory(rest.SerializeToString(deterministic=True) + _field(_GRAPH, size) + body), *pieces)
-
-
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-"""Numbers of the fields ``ModelProto.graph``, ``GraphProto.initializer`` and ``TensorProto.raw_data``."""
-
-
-def _field(number: int, length: int) -> bytes:
-    """How a field of that many bytes begins in the wire format."""
-    return _varint(number << 3 | 2) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*parts, value])

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnx import ModelProto
-
 from ..checkpoint import Tensor
 from ..dtypes import BF16, BY_NAME, F32, I32, I64, DType
 from ..errors import CorruptError, MismatchError, UnsupportedError
 from ..models.configs import structure
 from ..models.walks import UNetConfig, VaeConfig
 from .drawing import NEWEST, NORMAL_NOISE, OLDEST, Drawing
+from .encoding import Graph
 from .text import draw_text_encoder
 from .unet import draw_unet
 from .vae import draw_decoder, draw_encoder
@@ -52,14 +51,12 @@ class Drawn:
     Attributes:
         folder: What it is called in the model's folder, such as ``vae_decoder``.
         component: Whose weights it has, such as ``vae``.
-        model: The graph.
-        weights: Their names within the component.
+        graph: The graph, whose weights are named as within the component.
     """
 
     folder: str
     component: str
-    model: ModelProto
-    weights: tuple[str, ...]
+    graph: Graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,7 @@ def draw(component: str, document: Mapping[str, Any], tensors: Mapping[str, Tens
             message = f"it makes no sense as the config of a {component}: {type(error).__name__}: {error}"
             file = f"{component}/config.json"
             raise CorruptError(message, file=file, remedy="download or write it again") from error
-        yield Drawn(folder, component, drawing.model(), tuple(drawing.weights))
+        yield Drawn(folder, component, drawing.graph())
 
 
 def _overflows(style: Style, compute: DType) -> bool:
