@@ -57,7 +57,7 @@ OPTIONS = {
     "metadata": WRITING | {"--set", "--drop"},
     "convert": (WRITING - {"-o", "--output", "--in-place"})
     | {"--to", "--dtype", "--variant", "--shard-size", "--ema", "--sidecar", "--config", "--prediction-type"}
-    | {"--weights", "--layout", "--opset", "--compute", "--no-hard-links", "--relink"},
+    | {"--weights", "--layout", "--opset", "--compute", "--no-hard-links", "--optimize", "--relink"},
     "diff": {"--component", "--explain-with", "--atol", "--stat", "--json", "--html", "--quiet", "-q", "--debug"}
     | {"--help", "-h"},
     "fingerprint": {"--component", "--register", "--json", "--quiet", "-q", "--debug", "--help", "-h"},

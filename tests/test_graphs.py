@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import io
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -287,12 +292,13 @@ def assert_weights(drawn: Drawn, weights: Mapping[str, torch.Tensor], dtype: DTy
     assert {tensor.name for tensor in model_of(drawn).graph.initializer} <= used(drawn)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["onnx", "fused"])
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("name", UNETS)
-def test_a_unet_computes_what_torch_does_at_every_size(name: str, opset: int) -> None:
+def test_a_unet_computes_what_torch_does_at_every_size(name: str, opset: int, fused: bool) -> None:
     module, config = unet(name)
     weights = state(module)
-    ((folder, graph),) = running("unet", config, weights, Style(opset, family=UNETS[name][0])).items()
+    ((folder, graph),) = running("unet", config, weights, Style(opset, family=UNETS[name][0], fused=fused)).items()
     assert folder == "unet"
     assert_weights(graph.drawn, weights)
     for size in SIZES:
@@ -315,14 +321,15 @@ def test_the_time_step_of_diffusers_own_pipeline_is_a_list(name: str) -> None:
         graph(feed)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["onnx", "fused"])
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("name", ["sd1-inpainting", "sd2-upcast", "sdxl-inpainting"])
-def test_a_unet_stored_in_halves_computes_in_fp32_or_in_halves(name: str, opset: int) -> None:
+def test_a_unet_stored_in_halves_computes_in_fp32_or_in_halves(name: str, opset: int, fused: bool) -> None:
     module, config = unet(name)
     weights, family = state(module, torch.float16), UNETS[name][0]
     theirs = rounded(module, torch.float16)
-    (full,) = running("unet", config, weights, Style(opset, compute=F32, family=family)).values()
-    (half,) = running("unet", config, weights, Style(opset, family=family)).values()
+    (full,) = running("unet", config, weights, Style(opset, compute=F32, family=family, fused=fused)).values()
+    (half,) = running("unet", config, weights, Style(opset, family=family, fused=fused)).values()
     for graph, dtype, bound in ((full, np.float32, CLOSE), (half, np.float16, HALF)):
         assert_weights(graph.drawn, weights, F16)
         for size in SIZES[:3]:
@@ -394,12 +401,13 @@ def assert_vae_weights(graphs: Mapping[str, Running], weights: Mapping[str, torc
     assert {weight.name for graph in graphs.values() for weight in graph.drawn.graph.weights} == weights.keys()
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["onnx", "fused"])
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("levels", [4, 2])
-def test_a_vae_computes_what_torch_does_at_every_size(levels: int, opset: int) -> None:
+def test_a_vae_computes_what_torch_does_at_every_size(levels: int, opset: int, fused: bool) -> None:
     module, config = vae(levels)
     weights = state(module)
-    graphs = running("vae", config, weights, Style(opset))
+    graphs = running("vae", config, weights, Style(opset, fused=fused))
     assert_vae_weights(graphs, weights)
     for batch, height, width in PIXELS:
         pixels = torch.rand(batch, 3, height, width) * 2 - 1
@@ -499,27 +507,29 @@ def assert_text(name: str, graph: Running, module: Any, bound: float, ids: Any =
             assert apart(ours[key], value) <= bound
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["onnx", "fused"])
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_encoder_computes_what_torch_does_at_every_length(name: str, opset: int) -> None:
+def test_a_text_encoder_computes_what_torch_does_at_every_length(name: str, opset: int, fused: bool) -> None:
     module, config = text(name)
     component = "text_encoder_2" if name == "sdxl-second" else "text_encoder"
     weights = state(module)
     for interface, ids in (("optimum", np.int64), ("diffusers", np.int32)):
-        style = Style(opset, interface, family=TEXTS[name][0])  # type: ignore[arg-type]
+        style = Style(opset, interface, family=TEXTS[name][0], fused=fused)  # type: ignore[arg-type]
         ((folder, graph),) = running(component, config, weights, style).items()
         assert folder == component
         assert_weights(graph.drawn, weights)
         assert_text(name, graph, module, CLOSE, ids)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["onnx", "fused"])
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("name", ["sd1-other-end", "sdxl-second"])
-def test_a_text_encoder_stored_in_halves(name: str, opset: int) -> None:
+def test_a_text_encoder_stored_in_halves(name: str, opset: int, fused: bool) -> None:
     module, config = text(name)
     weights, theirs = state(module, torch.float16), rounded(module, torch.float16)
     for compute, bound in ((F32, CLOSE), (None, HALF)):
-        style = Style(opset, compute=compute, family=TEXTS[name][0])
+        style = Style(opset, compute=compute, family=TEXTS[name][0], fused=fused)
         (graph,) = running("text_encoder_2", config, weights, style).values()
         assert_weights(graph.drawn, weights, F16)
         assert_text(name, graph, theirs, bound)
@@ -590,6 +600,31 @@ def test_attention_is_one_node_where_the_opset_has_it_and_nothing_is_upcast(name
         fused = opset == 23 and not config["upcast_attention"]
         attentions = sum(key.endswith("to_q.weight") for key in state(module))
         assert (kinds.count("Attention"), kinds.count("Softmax")) == ((attentions, 0) if fused else (0, attentions))
+
+
+@pytest.mark.parametrize(("component", "kind"), [("text_encoder", "clip"), ("unet", "unet")])
+def test_as_much_is_fused_as_onnx_runtimes_optimizer_would(component: str, kind: str) -> None:
+    """It is given the graph without fused operators; attention it knows only with turned weights as constants."""
+    module, config = text("sd1") if component == "text_encoder" else unet("sd1-inpainting")
+    found = tensors(state(module))
+    plain, fused = (next(draw(component, config, found, Style(17, fused=each))) for each in (False, True))
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimize = importlib.import_module("onnxruntime.transformers.optimizer").optimize_by_fusion
+        theirs = optimize(onnx.ModelProto.FromString(content(plain, found)), kind).model
+    graphs = (theirs.graph, model_of(fused).graph)
+    expected, counts = (Counter(node.op_type for node in graph.node if node.domain) for graph in graphs)
+    for operator in ("SkipLayerNormalization", "QuickGelu", "Gelu"):
+        assert counts[operator] == expected[operator], operator
+    attentions = sum(key.endswith(("to_q.weight", "q_proj.weight")) for key in found)
+    assert counts["MultiHeadAttention"] == attentions
+    assert counts.keys() <= {"SkipLayerNormalization", "QuickGelu", "Gelu", "MultiHeadAttention"}
+
+
+def test_where_scores_are_wanted_in_fp32_attention_is_not_fused() -> None:
+    module, config = unet("sd2-upcast")
+    (drawn,) = draw("unet", config, tensors(state(module)), Style(fused=True))
+    assert not any(node.op_type == "MultiHeadAttention" for node in model_of(drawn).graph.node)
 
 
 @pytest.mark.parametrize("opset", [16, 24, 0, -1])

@@ -188,6 +188,32 @@ def test_embedded_graphs_need_nothing_beside_them(made: Made) -> None:
         assert names == {"model.onnx", "config.json"}
 
 
+def fused_in(folder: Path) -> set[str]:
+    """The parts whose graph has an operator of ONNX Runtime's own."""
+    graphs = {part: onnx.load(folder / part / "model.onnx", load_external_data=False).graph for part in PARTS}
+    return {part for part, graph in graphs.items() if any(node.domain == "com.microsoft" for node in graph.node)}
+
+
+def test_fused_graphs_are_read_back_drawn_anew_and_linked_again(made: Made, tmp_path: Path) -> None:
+    folder, back = tmp_path / "fused", tmp_path / "back.safetensors"
+    done = cli("convert", made.file, folder, "--to", "onnx", "--optimize")
+    assert done.code == 0, done.err
+    assert "nothing else runs them" in done.out
+    assert fused_in(folder) == set(PARTS)
+    assert cli("convert", folder, back, "--quiet").code == 0
+    assert cli("diff", made.file, back, "--json").json["identical"]
+    assert cli("convert", folder, tmp_path / "plain", "--to", "onnx", "--quiet").code == 0
+    assert fused_in(tmp_path / "plain") == set()
+    assert cli("cast", folder, "fp32", "--in-place", "--quiet").code == 0
+    assert fused_in(folder) == set(PARTS)
+    (file,) = (folder / "unet").glob("*.safetensors")
+    rewritten(file, {"format": "pt", "note": "x" * 77})
+    assert cli("convert", "--relink", folder, "--quiet").code == 0
+    assert fused_in(folder) == set(PARTS)
+    for part in PARTS:
+        run(folder / part / "model.onnx")
+
+
 def fingerprints(path: Path) -> dict[str, tuple[str, str]]:
     done = cli("fingerprint", path, "--json")
     assert done.code == 0, done.err

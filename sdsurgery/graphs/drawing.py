@@ -16,7 +16,7 @@ from typing import Any, Final
 from ..checkpoint import Tensor
 from ..dtypes import F32, I64, DType
 from . import encoding
-from .encoding import Graph, Weight
+from .encoding import Graph, Node, Weight
 
 FUSED_ATTENTION: Final = 23
 GROUP_NORM: Final = 21
@@ -63,6 +63,7 @@ class Drawing:
         self._outputs: list[bytes] = []
         self._initializers: dict[str, Weight | bytes] = {}
         self._cast: dict[str, str] = {}
+        self._domains: dict[str, None] = {}
 
     # ------------------------------------------------------------ inputs, outputs, weights
 
@@ -122,15 +123,20 @@ class Drawing:
         self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], output: str = "", name: str = ""
     ) -> str:
         name = name or f"{op}_{len(self._nodes)}"
-        self._nodes.append(encoding.node(op, name, inputs, [output or name], attributes))
-        return output or name
+        return self._put(Node(op, name, inputs, [output or name], attributes))[0]
+
+    def _put(self, node: Node) -> Sequence[str]:
+        self._nodes.append(node.encoded())
+        if node.domain:
+            self._domains[node.domain] = None
+        return node.outputs
 
     def split(self, value: str, axis: int) -> tuple[str, str]:
         """Two halves."""
         name = f"Split_{len(self._nodes)}"
         attributes = {"axis": axis} | ({"num_outputs": 2} if self.opset >= 18 else {})
-        self._nodes.append(encoding.node("Split", name, [value], [f"{name}_0", f"{name}_1"], attributes))
-        return f"{name}_0", f"{name}_1"
+        first, second = self._put(Node("Split", name, [value], [f"{name}_0", f"{name}_1"], attributes))
+        return first, second
 
     def cast(self, value: str, dtype: DType) -> str:
         """In another dtype."""
@@ -176,6 +182,11 @@ class Drawing:
         """Over the last axis."""
         inputs = (value, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
         return self.add("LayerNormalization", *inputs, name=name, axis=-1, epsilon=float(epsilon))
+
+    def added_norm(self, value: str, residual: str, name: str, epsilon: float) -> tuple[str, str]:
+        """Two values added; their sum, and its layer norm."""
+        summed = self.add("Add", value, residual)
+        return summed, self.layer_norm(summed, name, epsilon)
 
     def group_norm(self, value: str, name: str, groups: int, epsilon: float) -> str:
         """Over groups of channels."""
@@ -229,8 +240,8 @@ class Drawing:
 
     def graph(self) -> Graph:
         """What has been drawn."""
-        values = b"".join([*self._inputs, *self._outputs])
-        return Graph(self.name, self.opset, b"".join(self._nodes), tuple(self._initializers.values()), values)
+        nodes, values = b"".join(self._nodes), b"".join([*self._inputs, *self._outputs])
+        return Graph(self.name, self.opset, tuple(self._domains), nodes, tuple(self._initializers.values()), values)
 
 
 def _packed(value: float, dtype: DType) -> bytes:

@@ -32,6 +32,7 @@ from ..containers.onnx_fields import (
     MODEL_OPSET,
     MODEL_PRODUCER,
     NODE_ATTRIBUTE,
+    NODE_DOMAIN,
     NODE_INPUT,
     NODE_NAME,
     NODE_OP,
@@ -93,6 +94,7 @@ class Graph:
     Attributes:
         name: What it calls itself.
         opset: Of ONNX's own operators.
+        domains: Of other operators that it has, all of their first version.
         nodes: Encoded fields of a ``GraphProto``.
         initializers: In their order: weights, and constants as encoded fields.
         values: The inputs and then the outputs, encoded fields.
@@ -100,6 +102,7 @@ class Graph:
 
     name: str
     opset: int
+    domains: tuple[str, ...]
     nodes: bytes
     initializers: tuple[Weight | bytes, ...]
     values: bytes
@@ -143,8 +146,11 @@ class Graph:
         return integer(MODEL_IR, _IR[self.opset]) + text(MODEL_PRODUCER, "sdsurgery")
 
     def _back(self, metadata: Mapping[str, str]) -> bytes:
-        opset = content(MODEL_OPSET, text(OPSET_DOMAIN, "") + integer(OPSET_VERSION, self.opset))
-        return opset + b"".join(metadata_entry(key, value) for key, value in metadata.items())
+        versions = {"": self.opset} | dict.fromkeys(self.domains, 1)
+        opsets = [text(OPSET_DOMAIN, domain) + integer(OPSET_VERSION, number) for domain, number in versions.items()]
+        return b"".join(content(MODEL_OPSET, opset) for opset in opsets) + b"".join(
+            metadata_entry(key, value) for key, value in metadata.items()
+        )
 
 
 def metadata_entry(key: str, value: str) -> bytes:
@@ -181,13 +187,26 @@ def constant(name: str, dtype: DType, shape: Sequence[int], raw: bytes) -> bytes
     return content(GRAPH_INITIALIZER, head + content(TENSOR_RAW, raw))
 
 
-def node(op: str, name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, Any]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Node:
     """A node; its attributes are integers, floats, texts, or lists of integers."""
-    parts = [text(NODE_INPUT, value) for value in inputs]
-    parts += [text(NODE_OUTPUT, value) for value in outputs]
-    parts += [text(NODE_NAME, name), text(NODE_OP, op)]
-    parts += [content(NODE_ATTRIBUTE, _attribute(key, value)) for key, value in attributes.items()]
-    return content(GRAPH_NODE, b"".join(parts))
+
+    op: str
+    name: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: Mapping[str, Any]
+    domain: str = ""
+
+    def encoded(self) -> bytes:
+        """A field of a ``GraphProto``."""
+        parts = [text(NODE_INPUT, value) for value in self.inputs]
+        parts += [text(NODE_OUTPUT, value) for value in self.outputs]
+        parts += [text(NODE_NAME, self.name), text(NODE_OP, self.op)]
+        parts += [content(NODE_ATTRIBUTE, _attribute(key, value)) for key, value in self.attributes.items()]
+        if self.domain:
+            parts.append(text(NODE_DOMAIN, self.domain))
+        return content(GRAPH_NODE, b"".join(parts))
 
 
 def _attribute(key: str, value: Any) -> bytes:

@@ -145,7 +145,7 @@ def stored(told: Mapping[str, Any]) -> Graphs:
         raise nonsense
     try:
         compute = BY_NAME[told["compute"]] if told["compute"] else None
-        style = Style(told["opset"], told["interface"], compute, str(told["family"]))
+        style = Style(told["opset"], told["interface"], compute, str(told["family"]), bool(told.get("fused")))
         return Graphs(style, told["weights"], bool(told["hard_links"]))
     except (KeyError, TypeError) as error:
         raise nonsense from error

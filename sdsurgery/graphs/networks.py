@@ -15,6 +15,7 @@ from ..models.configs import structure
 from ..models.walks import UNetConfig, VaeConfig
 from .drawing import NEWEST, NORMAL_NOISE, OLDEST, Drawing
 from .encoding import Graph
+from .fused import FusedDrawing
 from .text import draw_text_encoder
 from .unet import draw_unet
 from .vae import draw_decoder, draw_encoder
@@ -68,12 +69,14 @@ class Style:
         interface: Whose inputs and outputs.
         compute: What to compute in; what most weights of the component are stored in unless given.
         family: Of the model, without its variant.
+        fused: Whether ONNX Runtime's own operators take the place of several of ONNX's, so that nothing else runs them.
     """
 
     opset: int = NEWEST
     interface: Interface = "optimum"
     compute: DType | None = None
     family: str = "sd1"
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.compute is not None and self.compute.name not in _COMPUTABLE:
@@ -107,7 +110,8 @@ def draw(component: str, document: Mapping[str, Any], tensors: Mapping[str, Tens
     compute = style.compute or _commonest(tensors)
     for folder, drawer in _drawers(component, document, style):
         inner = F32 if folder == "vae_decoder" and _overflows(style, compute) else _computed(folder, style, compute)
-        drawing = Drawing(folder, tensors, compute=inner, opset=_opset(folder, style))
+        kind = FusedDrawing if style.fused else Drawing
+        drawing = kind(folder, tensors, compute=inner, opset=_opset(folder, style))
         try:
             drawer(drawing)
         except KeyError as error:

@@ -33,16 +33,18 @@ def draw_text_encoder(
     places = d.weight(f"{_ROOT}embeddings.position_embedding.weight")
     value = d.add("Add", value, d.add("Slice", places, d.ints(0), length, d.ints(0)))
     passed = [value]
-    for index in range(layers):
-        name = f"{_ROOT}encoder.layers.{index}"
-        normal = d.layer_norm(value, f"{name}.layer_norm1", epsilon)
+    names = [f"{_ROOT}encoder.layers.{index}" for index in range(layers)]
+    after = [*(f"{name}.layer_norm1" for name in names[1:]), f"{_ROOT}final_layer_norm"]
+    normal = d.layer_norm(value, f"{names[0]}.layer_norm1" if names else after[0], epsilon)
+    for name, following in zip(names, after, strict=False):
         query, key, held = (d.linear(normal, f"{name}.self_attn.{part}_proj") for part in "qkv")
         mixed = d.attention(query, key, held, Heads(heads, width), causal=True)
-        value = d.add("Add", value, d.linear(mixed, f"{name}.self_attn.out_proj"))
-        inner = activation(d.linear(d.layer_norm(value, f"{name}.layer_norm2", epsilon), f"{name}.mlp.fc1"))
-        value = d.add("Add", value, d.linear(inner, f"{name}.mlp.fc2"))
+        mixed = d.linear(mixed, f"{name}.self_attn.out_proj")
+        value, normal = d.added_norm(mixed, value, f"{name}.layer_norm2", epsilon)
+        inner = d.linear(activation(d.linear(normal, f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
+        value, normal = d.added_norm(inner, value, following, epsilon)
         passed.append(value)
-    final = d.layer_norm(value, f"{_ROOT}final_layer_norm", epsilon)
+    final = normal
     pooled = _pooled(d, final, tokens, document.get("eos_token_id", 49407), ids)
     if projected:
         embeds = d.linear(pooled, "text_projection", bias=False)

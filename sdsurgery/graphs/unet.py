@@ -148,11 +148,12 @@ class _UNet:
 
     def _block(self, value: str, name: str, level: int) -> str:
         d = self.d
-        for attention, norm in (("attn1", "norm1"), ("attn2", "norm2")):
-            normal = d.layer_norm(value, f"{name}.{norm}", _LAYER_EPSILON)
-            source = normal if attention == "attn1" else self.text
-            value = d.add("Add", self._attention(normal, source, f"{name}.{attention}", level), value)
-        gated = d.linear(d.layer_norm(value, f"{name}.norm3", _LAYER_EPSILON), f"{name}.ff.net.0.proj")
+        normal = d.layer_norm(value, f"{name}.norm1", _LAYER_EPSILON)
+        mixed = self._attention(normal, normal, f"{name}.attn1", level)
+        value, normal = d.added_norm(mixed, value, f"{name}.norm2", _LAYER_EPSILON)
+        mixed = self._attention(normal, self.text, f"{name}.attn2", level)
+        value, normal = d.added_norm(mixed, value, f"{name}.norm3", _LAYER_EPSILON)
+        gated = d.linear(normal, f"{name}.ff.net.0.proj")
         inner, gate = d.split(gated, -1)
         return d.add("Add", d.linear(d.add("Mul", inner, d.gelu(gate)), f"{name}.ff.net.2"), value)
 

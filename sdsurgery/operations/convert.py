@@ -87,6 +87,14 @@ class Convert(Operation):
         bool, Param("Copy shared weights of the VAE for its two graphs, rather than give one file three names.")
     ] = False
 
+    optimize: Annotated[
+        bool,
+        Param(
+            "Draw ONNX Runtime's own operators, those that its transformer optimizer fuses others into. Nothing else "
+            "runs such graphs."
+        ),
+    ] = False
+
     @property
     def configs_read(self) -> tuple[Path, ...]:
         """What is named with ``config``."""
@@ -96,7 +104,8 @@ class Convert(Operation):
         """See :class:`Convert`."""
         if self.sidecar is not None and self.to != "ldm":
             raise UsageError("a sidecar is what a single file is restored with", remedy="leave it out")
-        if self.to != "onnx" and (self.weights or self.layout or self.opset or self.compute or self.no_hard_links):
+        of_graphs = (self.weights, self.layout, self.opset, self.compute, self.no_hard_links, self.optimize)
+        if self.to != "onnx" and any(of_graphs):
             raise UsageError(
                 "only ONNX graphs are told how to be made", remedy="leave the option out, or convert to onnx"
             )
@@ -125,7 +134,8 @@ class Convert(Operation):
 
         interface: Literal["optimum", "diffusers"] = "diffusers" if self.layout == "diffusers-onnx" else "optimum"
         compute = CAST_TARGETS[self.compute] if self.compute else None
-        style = Style(interface=interface, compute=compute, family=model.base_family, **_opset(self.opset))
+        opset = {} if self.opset is None else {"opset": self.opset}
+        style = Style(interface=interface, compute=compute, family=model.base_family, fused=self.optimize, **opset)
         graphs = Graphs(style, self.weights or "shared", hard_links=not self.no_hard_links)
         assert checkpoint.folder is not None  # noqa: S101 - for the type checker: it was made a folder
         step = checkpoint.steps[-1]
@@ -234,12 +244,10 @@ def _said_of_graphs(graphs: Graphs) -> Iterator[str]:
         yield f"the VAE's file lies in three folders, {how} where the file system can't share bytes between files"
     else:
         yield f"the weights are {graphs.weights}: diffusers' own pipelines can't load the folder"
+    if graphs.style.fused:
+        yield "the graphs have operators of ONNX Runtime's own: nothing else runs them"
     if graphs.style.family.startswith("sdxl") and graphs.style.compute is None:
         yield "the VAE's decoder computes in fp32, because SDXL's overflows in fp16: --compute says otherwise"
-
-
-def _opset(given: int | None) -> dict[str, int]:
-    return {} if given is None else {"opset": given}
 
 
 def _without_graphs(checkpoint: Checkpoint) -> Checkpoint:
