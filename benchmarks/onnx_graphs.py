@@ -33,6 +33,14 @@ def conversions(folder: Path) -> list[Race]:
             Contender("sdsurgery convert --to onnx", convert, target),
             Contender("... --weights external", [*convert, "--weights", "external"], target),
         ]
+        if family == "sd1":
+            loaded, exported = folder / "sd1-folder", folder / "sd1-exported"
+            if not loaded.exists():
+                subprocess.run([*SDSURGERY, "convert", str(source), str(loaded), "--quiet"], check=True)
+            by_torch = Contender(
+                "torch exports the loaded pipeline", today("export-pipeline", loaded, exported), exported
+            )
+            contenders.append(by_torch)
         races.append(Race(f"convert {family}, {size} GB, to ONNX", contenders, [source]))
     return races
 
@@ -80,6 +88,12 @@ def graphs(folder: Path) -> dict[str, Path]:
             words = ["convert", str(wide), str(target), "--to", "onnx", "--opset", str(opset), "--quiet"]
             subprocess.run([*SDSURGERY, *words], check=True)
         found[f"sdsurgery, opset {opset}"] = target / "unet" / "model.onnx"
+    fused = folder / "sd1-onnx-fused"
+    if not fused.exists():
+        subprocess.run(
+            [*SDSURGERY, "convert", str(wide), str(fused), "--to", "onnx", "--optimize", "--quiet"], check=True
+        )
+    found["sdsurgery --optimize"] = fused / "unet" / "model.onnx"
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
@@ -70,6 +71,50 @@ def export_unet(folder: str, target: str) -> None:
         unet, arguments, target, input_names=names, output_names=["out_sample"], dynamic_axes=axes, opset_version=17,
         do_constant_folding=True, dynamo=False,
     )  # fmt: skip
+
+
+def export_pipeline(folder: str, target: str) -> None:
+    """All of a pipeline as ONNX graphs: loaded, traced by torch's legacy exporter, and written again."""
+    import os
+
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    class Text(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = pipe.text_encoder(ids)
+            return found.last_hidden_state, found.pooler_output
+
+    class Encoder(torch.nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return pipe.vae.quant_conv(pipe.vae.encoder(sample))
+
+    class Decoder(torch.nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return pipe.vae.decode(sample).sample
+
+    full = torch.float32
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=full, local_files_only=True)
+    latents, prompt = torch.randn(2, 4, 16, 16, dtype=full), torch.randn(2, 77, 768, dtype=full)
+    parts = {
+        "text_encoder": (Text, pipe.text_encoder, (torch.ones(1, 77, dtype=torch.int64),)),
+        "unet": (None, pipe.unet, (latents, torch.tensor(1.0, dtype=full), prompt)),
+        "vae_encoder": (Encoder, pipe.vae, (torch.randn(1, 3, 128, 128, dtype=full),)),
+        "vae_decoder": (Decoder, pipe.vae, (latents[:1],)),
+    }
+    for name, (wrapper, module, arguments) in parts.items():
+        Path(target, name).mkdir(parents=True, exist_ok=True)
+        traced = module
+        if wrapper:
+            traced = wrapper()
+            traced.network = module
+        axes = {"input": {0: "batch", 2: "height", 3: "width"}} if name != "text_encoder" else {"input": {0: "batch"}}
+        names = ["input", "timestep", "prompt"][: len(arguments)]
+        torch.onnx.export(
+            traced.eval(), arguments, f"{target}/{name}/model.onnx", input_names=names, dynamic_axes=axes,
+            opset_version=17, do_constant_folding=True, dynamo=False,
+        )  # fmt: skip
+    os.sync()
 
 
 def diff(one: str, other: str) -> None:
@@ -163,6 +208,6 @@ def hashes(path: str) -> None:
 if __name__ == "__main__":
     scripts = {
         "fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file, "diff": diff, "digests": digests,
-        "export-unet": export_unet,
+        "export-unet": export_unet, "export-pipeline": export_pipeline,
     }  # fmt: skip
     scripts[sys.argv[1]](*sys.argv[2:])
