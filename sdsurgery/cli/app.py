@@ -51,6 +51,7 @@ _PLACES = {
     "cast": ("surgery", "surgery_command"),
     "metadata": ("surgery", "surgery_command"),
     "convert": ("convert", "convert_command"),
+    "parity": ("parity", "parity_command"),
     "pipe": ("pipe", "pipe_command"),
 }
 """Each command's module, and what makes it there: the command itself, or a function that is told its name."""

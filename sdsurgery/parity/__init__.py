@@ -1,0 +1,1 @@
+"""The same picture from every format: single file, diffusers folder and ONNX, compared stage by stage."""

@@ -1,0 +1,47 @@
+"""What one runtime did, kept for the others to be fed and held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .metrics import Figures
+from .results import Component
+from .runtimes import Conditioning, Facts, Runtime
+from .sampling import Trace
+
+
+@dataclass
+class Record:
+    """A runtime's outcomes, a list entry a picture.
+
+    Attributes:
+        runtime: Which.
+        facts: What its format says of itself.
+        precision: What it computes in.
+        tokens: Ids of the negative prompt and the prompt, by text encoder.
+        given: What the text encoders made of them.
+        traces: The way through the loop.
+        pixels: From -1 to 1.
+        moments: What the VAE's encoder makes of the made-up picture.
+        stages: What was compared: the component, a name, the picture, the figures, and why it is wrong whatever those.
+        seconds: Of the loop and the decoder.
+    """
+
+    runtime: Runtime
+    facts: Facts
+    precision: str
+    tokens: list[tuple[Tensor, ...]] = field(default_factory=list)
+    given: list[Conditioning | None] = field(default_factory=list)
+    traces: list[Trace | None] = field(default_factory=list)
+    pixels: list[Tensor | None] = field(default_factory=list)
+    moments: list[Tensor | None] = field(default_factory=list)
+    stages: list[tuple[Component, str, int, Figures | None, str | None]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def note(
+        self, component: Component, name: str, picture: int, found: Figures | None, refusal: str | None = None
+    ) -> None:
+        """Keep a stage's outcome."""
+        self.stages.append((component, name, picture, found, refusal))

@@ -1,0 +1,132 @@
+"""What a runtime is asked to do, whatever runs it: encode text, predict noise, decode and encode pictures.
+
+Everything goes in and comes out as torch tensors in fp32 on the CPU, unless a runtime keeps it on a GPU. A runtime
+holds one network at a time, so that full-size models of three formats fit into the memory of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .formats import Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told of a prompt.
+
+    Attributes:
+        states: ``[batch, sequence, width]``.
+        pooled: ``[batch, width]``, of SDXL.
+        time_ids: SDXL's numbers of size and crop, ``[batch, 6]``.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    @property
+    def added(self) -> dict[str, Tensor]:
+        """What SDXL's UNet gets besides the states, by name."""
+        if self.pooled is None or self.time_ids is None:
+            return {}
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a format says of itself that no weight tells.
+
+    Attributes:
+        prediction_type: ``epsilon`` or ``v_prediction``.
+        scaling_factor: What latents are multiplied by before the UNet sees them.
+        schedule: The fields of the noise schedule.
+        tokens: Positions of the text encoder.
+    """
+
+    prediction_type: str
+    scaling_factor: float
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 77
+
+    def as_text(self) -> dict[str, str]:
+        """Each fact as it is told, to be compared."""
+        told = {"prediction_type": self.prediction_type, "scaling_factor": self.scaling_factor, **self.schedule}
+        return {name: json.dumps(value) for name, value in told.items()}
+
+
+_SCHEDULE = (
+    "beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr",
+    "timestep_spacing", "steps_offset",
+)  # fmt: skip
+
+
+def facts_of(configs: Path) -> Facts:
+    """The facts that a folder's configs state."""
+    scheduler, vae = document(configs, "scheduler/scheduler_config.json"), document(configs, "vae/config.json")
+    return Facts(
+        scheduler.get("prediction_type", "epsilon"),
+        float(vae.get("scaling_factor", 0.18215)),
+        {name: scheduler[name] for name in _SCHEDULE if name in scheduler},
+    )
+
+
+def document(configs: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a folder; empty where there is none."""
+    place = configs / name
+    if not place.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(place.read_text("utf-8"))
+    return found
+
+
+class TextEncoders(Protocol):
+    """The text encoders of a model, loaded."""
+
+    def __call__(self, ids: Sequence[Tensor]) -> Conditioning:
+        """Encode token ids, ``[batch, 77]`` for each encoder."""
+
+
+class Predictor(Protocol):
+    """A UNet, loaded."""
+
+    def __call__(self, sample: Tensor, timestep: float, given: Conditioning) -> Tensor:
+        """Predict, ``[batch, 4, height / 8, width / 8]``."""
+
+
+class Autoencoder(Protocol):
+    """A VAE, loaded."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of unscaled latents, from -1 to 1, ``[batch, 3, height, width]``."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Mean and log variance of unscaled latents, ``[batch, 8, height / 8, width / 8]``."""
+
+
+class Runtime(Protocol):
+    """A format and the software that runs it."""
+
+    format: Format
+    software: str
+    """What runs it, such as ``ONNX Runtime 1.31``."""
+
+    def text_encoders(self) -> AbstractContextManager[TextEncoders]:
+        """Load the text encoders."""
+
+    def unet(self) -> AbstractContextManager[Predictor]:
+        """Load the UNet."""
+
+    def vae(self) -> AbstractContextManager[Autoencoder]:
+        """Load the VAE."""
+
+    def proof(self) -> Mapping[str, Mapping[str, int]]:
+        """By network, how many of its operators ran on which provider or device, as far as the runtime tells."""
