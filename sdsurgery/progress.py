@@ -7,22 +7,22 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes done since the last call."""
+"""Called with how much was done since the last call."""
 
-Listener = Callable[[str, int], AbstractContextManager[Advance]]
-"""Called with a description and the bytes to do; gives the function to call while it goes on."""
+Listener = Callable[[str, int, str], AbstractContextManager[Advance]]
+"""Called with a description, how much there is to do, and of what; gives the function to call while it goes on."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def task(description: str, total: int) -> Iterator[Advance]:
-    """A piece of work of that many bytes."""
+def task(description: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
+    """A piece of work of that many bytes, or of something else."""
     listener = _listener.get()
     if listener is None:
         yield lambda _: None
     else:
-        with listener(description, total) as advance:
+        with listener(description, total, unit) as advance:
             yield advance
 
 

@@ -31,7 +31,7 @@ class Bars:
             self._progress.stop()
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Advance]:
+    def task(self, description: str, total: int, unit: str = "bytes") -> Iterator[Advance]:
         """Listen to one task; see :data:`sdsurgery.progress.Listener`."""
         begun, done, bar = time.monotonic(), 0, None
 
@@ -42,7 +42,7 @@ class Bars:
                 return
             shown = self._shown()
             if bar is None:
-                bar = shown.add_task(description, total=total)
+                bar = shown.add_task(description, total=total, unit=unit)
             shown.update(bar, completed=done)
 
         yield advance
@@ -52,12 +52,21 @@ class Bars:
     def _shown(self) -> Progress:
         if self._progress is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, DownloadColumn, Progress, Task, TextColumn, TimeRemainingColumn
+            from rich.text import Text
+
+            class Amount(DownloadColumn):
+                """Bytes as sizes, and anything else as its number."""
+
+                def render(self, task: Task) -> Text:
+                    if task.fields["unit"] == "bytes":
+                        return super().render(task)
+                    return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {task.fields['unit']}")
 
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(),
+                Amount(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,

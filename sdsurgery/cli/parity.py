@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ _MOST_PROMPTS = 1 << 20
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def parity_command(models: tuple[Path, ...], **options: Any) -> None:
+def parity_command(models: tuple[Path, ...], **options: Any) -> int:
     """Draw the same pictures from every format of a model, and show stage by stage how far they agree.
 
     A MODEL is a single file, a diffusers folder or one with ONNX graphs; of a lone one the other formats are made. All
@@ -82,7 +81,7 @@ def parity_command(models: tuple[Path, ...], **options: Any) -> None:
             click.echo(terminal.printable(line))
         if output is not None:
             click.echo(terminal.printable(f"report: {output / reports.PAGE}"))
-    sys.exit(0 if found.agrees else 1)
+    return 0 if found.agrees else 1
 
 
 def _settings(options: Mapping[str, Any]) -> Settings:

@@ -32,6 +32,7 @@ class Format:
         configs: The folder whose configs and tokenizers go with it: itself if it is one.
         family: Of the model, without its variant.
         given: What the user named; ``None`` where it was made.
+        name: The end of that which tells it from the others; empty where it was made.
         position_ids: Those that a single file holds, truncated to integers as ldm's and A1111's loaders do it; ``None``
             where it holds none. diffusers ignores them.
     """
@@ -41,12 +42,13 @@ class Format:
     configs: Path
     family: str
     given: Path | None = None
+    name: str = ""
     position_ids: tuple[int, ...] | None = None
 
     @property
     def label(self) -> str:
-        """What it is called in a report."""
-        return f"{LABELS[self.kind]}{'' if self.given else ' (made)'}"
+        """What it is called in a report: by its name, without folders, and by its kind."""
+        return f"{LABELS[self.kind]} {self.name}" if self.name else f"{LABELS[self.kind]} (made)"
 
 
 def prepare(paths: Sequence[Path], workplace: Path, *, compute: str | None) -> tuple[Format, ...]:
@@ -70,7 +72,7 @@ def prepare(paths: Sequence[Path], workplace: Path, *, compute: str | None) -> t
     for index, path in enumerate(paths):
         checkpoint = sd.open(path)
         first = first or checkpoint
-        found.append(_of(checkpoint, path, workplace / f"given-{index}"))
+        found.append(replace(_of(checkpoint, path, workplace / f"given-{index}"), name=_name(path, paths)))
     families = {each.family for each in found}
     if len(families) > 1:
         message = f"they are of different families: {', '.join(sorted(families))}"
@@ -78,6 +80,14 @@ def prepare(paths: Sequence[Path], workplace: Path, *, compute: str | None) -> t
     if len(found) == 1 and first is not None:
         found += _others(first, found[0], workplace, compute)
     return tuple(found)
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """As much of the end of a path as no other one ends with."""
+    parts = path.resolve().parts
+    others = [other.resolve().parts for other in paths if other is not path]
+    count = next((n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+    return "/".join(parts[-count:])
 
 
 def _of(checkpoint: Checkpoint, path: Path, workplace: Path) -> Format:
@@ -92,7 +102,8 @@ def _of(checkpoint: Checkpoint, path: Path, workplace: Path) -> Format:
     workplace.mkdir()
     configs = _configs(checkpoint, workplace / "configs")
     plain = _plain(checkpoint, model, path, workplace)
-    return Format("ldm", plain, configs, model.base_family, path, _position_ids(checkpoint, model))
+    ids = _position_ids(checkpoint, model)
+    return Format("ldm", plain, configs, model.base_family, path, position_ids=ids)
 
 
 def _plain(checkpoint: Checkpoint, model: Model, path: Path, workplace: Path) -> Path:

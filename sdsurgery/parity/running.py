@@ -60,11 +60,12 @@ def parity(paths: Sequence[Path], settings: Settings, *, reference: str | None =
         height, width = size_of(formats[0].configs, settings)
         settings = replace(settings, height=height, width=width)
         records: list[Record] = []
-        with progress.task("comparing", len(formats)) as advance:
+        steps = len(formats) * len(settings.prompts) * settings.steps
+        with progress.task("drawing", steps, "steps") as advance:
             for each in formats:
-                run = _Run(_runtime(each, device.device, precision), settings, records[0] if records else None)
+                runtime = _runtime(each, device.device, precision)
+                run = _Run(runtime, settings, records[0] if records else None, advance)
                 records.append(run.done(precision))
-                advance(1)
         coarsest = max((record.precision for record in records), key=_COARSE.index)
         profile = coarsest if settings.tolerance == "auto" else settings.tolerance
         compared = tuple(_judged(record, records[0], PROFILES[profile]) for record in records)
@@ -103,8 +104,10 @@ def _runtime(each: Format, device: str, precision: str) -> Runtime:
 class _Run:
     """One runtime at work: network after network, so that one is in memory at a time."""
 
-    def __init__(self, runtime: Runtime, settings: Settings, reference: Record | None) -> None:
-        self.runtime, self.settings, self.reference = runtime, settings, reference
+    def __init__(
+        self, runtime: Runtime, settings: Settings, reference: Record | None, advance: progress.Advance
+    ) -> None:
+        self.runtime, self.settings, self.reference, self.advance = runtime, settings, reference, advance
         self.configs = runtime.format.configs
         self.numbers = range(len(settings.prompts))
 
@@ -168,7 +171,12 @@ class _Run:
 
     def _sampled(self, number: int, predict: Predictor, given: Conditioning) -> Trace:
         scheduler = scheduler_of(self.configs, self.record.facts, self.settings)
-        return sample(predict, given, self._noise(number), scheduler, self.settings)
+
+        def counted(sample: Tensor, timestep: float, given: Conditioning) -> Tensor:
+            self.advance(1)
+            return predict(sample, timestep, given)
+
+        return sample(counted, given, self._noise(number), scheduler, self.settings)
 
     def _noise(self, number: int) -> Noise:
         height, width = self.settings.height or 0, self.settings.width or 0
