@@ -59,13 +59,20 @@ def demo() -> None:
     print(f"\nThe files are in {folder.relative_to(ROOT)}/; the environment is .venv.")
 
 
+_GPU = """
+from sdsurgery.parity.devices import why_no_gpu
+missing = why_no_gpu()
+print(f"tests/test_parity_gpu.py is left out: {missing}" if missing else "The checks on the GPU take part.")
+"""
+
+
 def test() -> None:
     """Linters, types, tests."""
     install(".[test]")
     run(PYTHON, "-m", "ruff", "check", ".")
     run(PYTHON, "-m", "ruff", "format", "--check", ".")
     run(PYTHON, "-m", "mypy")
-    print("No check that needs a GPU exists yet, so none was left out.", flush=True)
+    run(PYTHON, "-c", _GPU)
     run(PYTHON, "-m", "pytest", "-n", "auto", *sys.argv[2:])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,21 +42,8 @@ class Chosen:
     versions: Mapping[str, str]
 
 
-def choose(wanted: Device) -> Chosen:
-    """The device; ``auto`` takes a GPU where torch and ONNX Runtime both work on it.
-
-    Raises:
-        UnsupportedError: If a GPU was asked for, and one of them doesn't work on it.
-    """
-    missing = None if wanted == "cpu" else _missing()
-    if wanted == "cuda" and missing:
-        raise UnsupportedError(missing, remedy="install what is missing, or leave --device cuda out")
-    device = "cpu" if wanted == "cpu" or missing else "cuda"
-    return Chosen(device, _name(device), missing if wanted == "auto" else None, _versions(device))
-
-
-def _missing() -> str | None:
-    """Why no GPU can be used by all runtimes."""
+def why_no_gpu() -> str | None:
+    """Why no GPU can be used by all runtimes; ``None`` where one can."""
     import torch
 
     if torch.version.cuda is None:
@@ -72,6 +61,19 @@ def _missing() -> str | None:
             "ONNX Runtime's CUDA provider can't be loaded: CUDA or cuDNN of the versions it was built for are missing"
         )
     return None
+
+
+def choose(wanted: Device) -> Chosen:
+    """The device; ``auto`` takes a GPU where torch and ONNX Runtime both work on it.
+
+    Raises:
+        UnsupportedError: If a GPU was asked for, and one of them doesn't work on it.
+    """
+    missing = None if wanted == "cpu" else why_no_gpu()
+    if wanted == "cuda" and missing:
+        raise UnsupportedError(missing, remedy="install what is missing, or leave --device cuda out")
+    device = "cpu" if wanted == "cpu" or missing else "cuda"
+    return Chosen(device, _name(device), missing if wanted == "auto" else None, _versions(device))
 
 
 def _copying() -> bytes:
@@ -103,4 +105,16 @@ def _versions(device: str) -> dict[str, str]:
 
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
+        found["driver"] = _driver()
     return found
+
+
+def _driver() -> str:
+    """The version of the GPU's driver, which no library tells."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return "unknown"
+    words = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)  # noqa: S603 - fixed words
+    told = done.stdout.splitlines()
+    return told[0].strip() if told else "unknown"

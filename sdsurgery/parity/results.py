@@ -69,6 +69,7 @@ class Compared:
         seconds: For each picture, of the loop and the decoder.
         proof: By network, how many operators ran on which provider or device.
         is_reference: Whether it is the one that the others are held against.
+        fingerprints: By component, the beginning of the hash of its weights as they are stored.
     """
 
     format: Format
@@ -79,6 +80,7 @@ class Compared:
     seconds: tuple[float, ...]
     proof: Mapping[str, Mapping[str, int]]
     is_reference: bool = False
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def diverges(self) -> Stage | None:

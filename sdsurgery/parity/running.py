@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+import sdsurgery as sd
+
 from .. import progress
 from ..errors import SurgeryError, UsageError
+from ..inspection.fingerprints import fingerprints
 from . import devices
 from .formats import Format, prepare
 from .locating import first_module
@@ -68,9 +71,22 @@ def parity(paths: Sequence[Path], settings: Settings, *, reference: str | None =
                 records.append(run.done(precision))
         coarsest = max((record.precision for record in records), key=_COARSE.index)
         profile = coarsest if settings.tolerance == "auto" else settings.tolerance
-        compared = tuple(_judged(record, records[0], PROFILES[profile]) for record in records)
+        weights = {path: _fingerprints(path) for path in {each.path for each in formats}}
+        compared = tuple(
+            replace(_judged(record, records[0], PROFILES[profile]), fingerprints=weights[each.path])
+            for each, record in zip(formats, records, strict=True)
+        )
         located = _located(records, compared, PROFILES[profile]) if locate else {}
     return Parity(settings, profile, device, compared, time.monotonic() - begun, located)
+
+
+_SHORT = 16
+"""Digits of a fingerprint."""
+
+
+def _fingerprints(path: Path) -> dict[str, str]:
+    """What the weights are, by component; two formats may lie in one folder and share them."""
+    return {found.component: found.exact[:_SHORT] for found in fingerprints(sd.open(path))}
 
 
 def _located(records: Sequence[Record], compared: Sequence[Compared], tolerance: Tolerance) -> dict[str, str]:

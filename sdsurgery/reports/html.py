@@ -73,7 +73,7 @@ def diff_page(
     """
     changed = sorted(found.changed, key=_size, reverse=True)
     components = _components(found)
-    return _render(
+    return render(
         "diff.html.j2",
         found=found,
         names=names,
@@ -306,7 +306,7 @@ def verification_page(verifications: Sequence[Verification], fail_on: FailOn) ->
         fail_on: From which severity on a finding counts.
     """
     models = [_Checked(place, each, fail_on) for place, each in enumerate(verifications, 1)]
-    return _render(
+    return render(
         "verification.html.j2",
         models=models,
         fail_on=fail_on,
@@ -470,5 +470,6 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _render(template: str, **facts: Any) -> str:
+def render(template: str, **facts: Any) -> str:
+    """A page, from a template and what goes into it."""
     return _environment().get_template(template).render(version=__version__, **facts)
