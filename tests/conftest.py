@@ -64,6 +64,7 @@ _MARKS = {
     "identical": "diff",
     "fingerprints": "fingerprint",
     "verified": "verify",
+    "agrees": "parity",
 }
 
 

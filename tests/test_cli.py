@@ -41,6 +41,7 @@ COMMANDS = (
     "fingerprint",
     "manifest",
     "verify",
+    "parity",
     "pipe",
 )
 
@@ -77,6 +78,9 @@ OPTIONS = {
         "--rules",
     }
     | {"--quiet", "-q", "--debug", "--help", "-h"},
+    "parity": {"--prompt", "--prompts", "--negative", "--seed", "--steps", "--guidance", "--size", "--scheduler"}
+    | {"--device", "--dtype", "--reference", "--tolerance", "--locate", "-o", "--output", "--force"}
+    | {"--json", "--quiet", "-q", "--debug", "--help", "-h"},
     "pipe": WRITING,
 }
 
@@ -126,7 +130,7 @@ def test_version() -> None:
 
 
 def test_every_operation_is_a_command_and_documented() -> None:
-    questions = {"inspect", "diff", "fingerprint", "manifest", "verify"}
+    questions = {"inspect", "diff", "fingerprint", "manifest", "verify", "parity"}
     assert (
         {*OPERATIONS, *questions, "pipe"}
         == set(COMMANDS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UnsupportedError, UsageError
-from ..reports import documents, terminal
+from ..reports import documents, parity_folder, terminal
 from ..reports import parity as reports
 from .common import listening
 
@@ -40,7 +40,13 @@ _MOST_PROMPTS = 1 << 20
     show_default=True,
     help="With the model's own noise schedule; model is the model's own scheduler.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to run: auto takes a GPU where all runtimes work on one.",
+)
 @click.option("--dtype", type=_PRECISIONS, default="auto", show_default=True, help="What torch computes in.")
 @click.option(
     "--reference",
@@ -69,18 +75,18 @@ def parity_command(models: tuple[Path, ...], **options: Any) -> int:
         from ..parity.running import parity
     settings, output, force = _settings(options), options["output"], options["force"]
     if output is not None:
-        reports.refuse(output, models, force=force)
+        parity_folder.refuse(output, models, force=force)
     with listening(quiet=options["quiet"]), _needed():
         found = parity(models, settings, reference=options["reference"], locate=options["locate"])
     if output is not None:
-        reports.write(found, output, force=force)
+        parity_folder.write(found, output, force=force)
     if options["as_json"]:
         click.echo(documents.text(reports.document(found)))
     elif not options["quiet"]:
         for line in reports.lines(found):
             click.echo(terminal.printable(line))
         if output is not None:
-            click.echo(terminal.printable(f"report: {output / reports.PAGE}"))
+            click.echo(terminal.printable(f"report: {output / parity_folder.PAGE}"))
     return 0 if found.agrees else 1
 
 
@@ -89,7 +95,8 @@ def _settings(options: Mapping[str, Any]) -> Settings:
     from ..parity.settings import DEFAULT_PROMPT, Settings
 
     width, height = _size(options["size"])
-    prompts = (*options["prompts"], *_lines(options["prompt_file"])) or (DEFAULT_PROMPT,)
+    told = bool(options["prompts"]) or options["prompt_file"] is not None
+    prompts = (*options["prompts"], *_lines(options["prompt_file"])) if told else (DEFAULT_PROMPT,)
     same = {name: options[name] for name in _SETTINGS}
     return Settings(prompts, width=width, height=height, precision=options["dtype"], **same)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from .onnx_runtime import OnnxRuntime
 from .probes import module_values
 from .recording import Record
 from .results import Stage
+from .runtimes import text_encoders
 from .sampling import chosen
 from .tolerances import Tolerance
 from .torch_runtime import TorchRuntime
 
-_AT_ONCE = 24
-"""Modules that are looked at in one run."""
+_AT_ONCE = 1 << 28
+"""Values that are kept of one run: a gigabyte."""
 
 _ROOT = "text_model."
 """In front of a text encoder's modules, in some versions of transformers and in graphs."""
@@ -26,8 +27,8 @@ _ROOT = "text_model."
 def first_module(record: Record, reference: Record, stage: Stage, tolerance: Tolerance) -> str | None:
     """Its name; ``None`` where no module differs, or none could be compared.
 
-    Modules are looked at in the order in which torch runs them, a few at a time: whatever follows the first one that
-    differs differs, too.
+    Modules are looked at in the order in which torch runs them, as many at a time as fit into memory. All of them are,
+    for not all that follow the first one that differs differ, too: what reads the prompt or the time alone doesn't.
 
     Args:
         record: What the runtime did.
@@ -35,31 +36,37 @@ def first_module(record: Record, reference: Record, stage: Stage, tolerance: Tol
         stage: The first stage that isn't within the tolerance.
         tolerance: It.
     """
-    feed = _feed(record, reference, stage)
     bound = _bound(stage, tolerance)
-    if feed is None or stage.component not in {"text_encoder", "unet", "vae_decoder", "vae_encoder"}:
-        return None
-    names = _in_order(record, reference, stage.component, feed)
-    low, high = 0, len(names)
-    found: str | None = None
-    while low < high:
-        stride = max(1, (high - low) // _AT_ONCE)
-        places = list(range(low + stride - 1, high, stride)) or [high - 1]
-        ours, theirs = (
-            _outputs(each, stage.component, [names[place] for place in places], feed) for each in (record, reference)
-        )
-        wrong = next((place for place in places if _differs(names[place], ours, theirs, bound)), None)
-        if wrong is None:
-            low = places[-1] + 1
-            continue
-        found = names[wrong]
-        low, high = max(low, wrong - stride + 1), wrong
-    return found
+    for network, feed in _feeds(record, reference, stage).items():
+        for names in _portions(_in_order(record, reference, network, feed)):
+            ours, theirs = (_outputs(each, network, names, feed) for each in (record, reference))
+            wrong = next((name for name in names if _differs(name, ours, theirs, bound)), None)
+            if wrong is not None:
+                return wrong if network in {stage.component, "text_encoder"} else f"{network}.{wrong}"
+    return None
+
+
+def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names whose values fit into memory together."""
+    names: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if names and held + size > _AT_ONCE:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
 
 
 def _differs(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bound: float) -> bool:
     a, b = ours.get(name), theirs.get(name)
-    if a is None or b is None or a.numel() != b.numel():
+    if a is None or b is None:  # ours fails at the module, or before it
+        return b is not None
+    if 1 in {a.shape[0], b.shape[0]}:  # what knows nothing but the time is the same for all of a batch
+        a, b = a[:1], b[:1]
+    if a.numel() != b.numel():
         return False
     figures = compare(a.reshape(b.shape).cpu().numpy(), b.cpu().numpy())
     return not figures.finite or figures.psnr < bound
@@ -77,34 +84,39 @@ def _bound(stage: Stage, tolerance: Tolerance) -> float:
 Feed = Mapping[str, Tensor]
 
 
-def _feed(record: Record, reference: Record, stage: Stage) -> Feed | None:
-    """What the network was fed in that stage, under the names of a graph's inputs."""
+def _feeds(record: Record, reference: Record, stage: Stage) -> Mapping[str, Feed]:
+    """What the networks of that stage were fed, under the names of a graph's inputs."""
     number = stage.picture
     if stage.component == "text_encoder":
-        return {"input_ids": reference.tokens[number][0]}
+        ids = reference.tokens[number]
+        return {
+            name: {"input_ids": each} for name, each in zip(text_encoders(reference.runtime.format), ids, strict=True)
+        }
     trace, given = reference.traces[number], reference.given[number]
     if stage.component == "unet" and trace is not None and given is not None:
         steps = {f"step {step + 1} of": step for step in chosen(len(trace.steps))}
         asked = trace.steps[next((step for told, step in steps.items() if told in stage.name), 0)]
         sizes = {"timestep": torch.tensor(asked.timestep), "encoder_hidden_states": given.states}
-        return {"sample": asked.sample, **sizes, **given.added}
+        return {"unet": {"sample": asked.sample, **sizes, **given.added}}
     if stage.component == "vae_decoder" and trace is not None:
-        return {"latent_sample": trace.latents[-1] / record.facts.scaling_factor}
-    return None
+        return {"vae_decoder": {"latent_sample": trace.latents[-1] / record.facts.scaling_factor}}
+    if stage.component == "vae_encoder":
+        return {"vae_encoder": {"sample": reference.encoded[number]}}
+    return {}
 
 
-def _in_order(record: Record, reference: Record, component: str, feed: Feed) -> list[str]:
-    """The modules that both runtimes tell of, in the order in which torch runs them."""
+def _in_order(record: Record, reference: Record, component: str, feed: Feed) -> Mapping[str, int]:
+    """The modules that both runtimes tell of, in the order in which torch runs them, and how many values they give."""
     sides = [each.runtime for each in (record, reference)]
     torches = [side for side in sides if isinstance(side, TorchRuntime)]
     if not torches:
-        return []
-    names = torches[0].order(component, feed)
+        return {}
+    sizes = torches[-1].sizes(component, feed)
     for side in sides:
         if isinstance(side, OnnxRuntime):
             known = {bare(name) for name in module_values(side.format.path / component / "model.onnx")}
-            names = [name for name in names if name in known]
-    return names
+            sizes = {name: size for name, size in sizes.items() if name in known}
+    return sizes
 
 
 def bare(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from .formats import Format
 from .probes import with_outputs
-from .runtimes import Conditioning
+from .runtimes import Conditioning, text_encoders
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -60,6 +60,7 @@ class Session:
                 )
             self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
+            self._folder.cleanup()
             message = f"ONNX Runtime can't load it: {str(error)[:300]}"
             raise UnsupportedError(
                 message, file=path, remedy="convert the model again, or update ONNX Runtime"
@@ -146,8 +147,7 @@ class OnnxRuntime:
     @contextlib.contextmanager
     def text_encoders(self) -> Iterator[OnnxTextEncoders]:
         """Load the text encoders."""
-        names = [name for name in ("text_encoder", "text_encoder_2") if (self.format.path / name).is_dir()]
-        with self._loaded(*names) as sessions:
+        with self._loaded(*text_encoders(self.format)) as sessions:
             yield OnnxTextEncoders(sessions)
 
     @contextlib.contextmanager

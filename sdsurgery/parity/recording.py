@@ -24,7 +24,8 @@ class Record:
         given: What the text encoders made of them.
         traces: The way through the loop.
         pixels: From -1 to 1.
-        moments: What the VAE's encoder makes of the made-up picture.
+        encoded: The made-up picture that the VAE's encoder gets.
+        moments: What it makes of it.
         stages: What was compared: the component, a name, the picture, the figures, and why it is wrong whatever those.
         seconds: Of the loop and the decoder.
     """
@@ -36,6 +37,7 @@ class Record:
     given: list[Conditioning | None] = field(default_factory=list)
     traces: list[Trace | None] = field(default_factory=list)
     pixels: list[Tensor | None] = field(default_factory=list)
+    encoded: list[Tensor] = field(default_factory=list)
     moments: list[Tensor | None] = field(default_factory=list)
     stages: list[tuple[Component, str, int, Figures | None, str | None]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

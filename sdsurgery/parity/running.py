@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +95,10 @@ def _located(records: Sequence[Record], compared: Sequence[Compared], tolerance:
     found: dict[str, str] = {}
     for record, each in zip(records, compared, strict=True):
         stage = each.diverges
-        module = first_module(record, records[0], stage, tolerance) if stage else None
+        try:
+            module = first_module(record, records[0], stage, tolerance) if stage else None
+        except _FAILURES:  # it didn't run the first time, either
+            module = None
         if module:
             found[each.format.label] = module
     return found
@@ -215,6 +219,7 @@ class _Run:
             for number in self.numbers:
                 pixels = self._noise(number).pixels
                 moments = self._guarded("vae_encoder", "VAE encoder", number, vae.encode, pixels)
+                self.record.encoded.append(pixels)
                 self.record.moments.append(moments)
                 if self.reference:
                     self._compare_vae(number, vae, moments, self.reference)
@@ -282,8 +287,8 @@ def _picture(number: int, record: Record, reference: Record, tolerance: Toleranc
 def _as_picture(pixels: Tensor | None) -> Array | None:
     if pixels is None:
         return None
-    shown: Array = ((pixels[0].permute(1, 2, 0).cpu().double().numpy() + 1) / 2).clip(0, 1)
-    return shown
+    shown: Array = (pixels[0].permute(1, 2, 0).cpu().double().numpy() + 1) / 2
+    return np.where(np.isinf(shown), np.nan, shown).clip(0, 1)
 
 
 def _curve(trace: Trace | None, other: Trace | None) -> Iterator[float]:

@@ -63,10 +63,11 @@ class Facts:
         return {name: json.dumps(value) for name, value in told.items()}
 
 
-_SCHEDULE = (
-    "beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr",
-    "timestep_spacing", "steps_offset",
-)  # fmt: skip
+_SCHEDULE = {
+    "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000,
+    "trained_betas": None, "rescale_betas_zero_snr": False, "steps_offset": 0,
+}  # fmt: skip
+"""What all of diffusers' schedulers take where a config says nothing."""
 
 
 def facts_of(configs: Path) -> Facts:
@@ -75,7 +76,7 @@ def facts_of(configs: Path) -> Facts:
     return Facts(
         scheduler.get("prediction_type", "epsilon"),
         float(vae.get("scaling_factor", 0.18215)),
-        {name: scheduler[name] for name in _SCHEDULE if name in scheduler},
+        _SCHEDULE | {name: scheduler[name] for name in (*_SCHEDULE, "timestep_spacing") if name in scheduler},
     )
 
 
@@ -86,6 +87,11 @@ def document(configs: Path, name: str) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads(place.read_text("utf-8"))
     return found
+
+
+def text_encoders(given: Format) -> list[str]:
+    """The folders of a format's text encoders, in the order in which they are fed."""
+    return [name for name in ("text_encoder", "text_encoder_2") if (given.configs / name).is_dir()]
 
 
 class TextEncoders(Protocol):

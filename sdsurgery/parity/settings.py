@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -52,6 +53,8 @@ class Settings:
             raise UsageError("there is no prompt", remedy="give one with --prompt")
         if self.steps < 1:
             raise UsageError(f"{self.steps} steps draw nothing", remedy="give at least one")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"no guidance can be {self.guidance}", remedy="give a number")
         for name, size in (("width", self.width), ("height", self.height)):
             if size is not None and (size < _FACTOR or size % _FACTOR):
                 raise UsageError(f"a {name} of {size} pixels is none", remedy="give a multiple of 8")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CorruptError
+from ..errors import CorruptError, UnsupportedError
 from .formats import Format
-from .runtimes import Conditioning, document
+from .runtimes import Conditioning, document, text_encoders
 
 _PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,14 +51,14 @@ class TorchRuntime:
         with self._loaded(self._component("AutoencoderKL", "vae")) as (network,):
             yield TorchAutoencoder(network, self)
 
-    def order(self, component: str, feed: Mapping[str, Tensor]) -> list[str]:
-        """The modules that have weights of their own, in the order in which a run comes to them."""
-        seen: dict[str, None] = {}
-        self._hooked(component, feed, None, lambda name, _value: seen.setdefault(name))
-        return list(seen)
+    def sizes(self, component: str, feed: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many values modules with weights of their own give, in the order in which a run comes to them."""
+        found: dict[str, int] = {}
+        self._hooked(component, feed, None, lambda name, value: found.setdefault(name, value.numel()))
+        return found
 
     def outputs_of(self, component: str, names: Sequence[str], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What modules inside a network give.
+        """What modules inside a network give; where it fails, those before.
 
         Args:
             component: Such as ``unet`` or ``vae_decoder``.
@@ -66,7 +66,8 @@ class TorchRuntime:
             feed: What the network is fed, under the names of a graph's inputs.
         """
         found: dict[str, Tensor] = {}
-        self._hooked(component, feed, set(names), lambda name, value: found.setdefault(name, value.float()))
+        with contextlib.suppress(RuntimeError, IndexError, ValueError):
+            self._hooked(component, feed, set(names), lambda name, value: found.setdefault(name, value.float()))
         return found
 
     def _hooked(
@@ -80,7 +81,7 @@ class TorchRuntime:
                 if any(True for _ in module.parameters(recurse=False))
             }
             hooks = [
-                module.register_forward_hook(lambda _module, _inputs, output, name=name: told(name, output))
+                module.register_forward_hook(_telling(name, told))
                 for name, module in modules.items()
                 if names is None or name in names
             ]
@@ -103,10 +104,10 @@ class TorchRuntime:
                         Conditioning(feed["encoder_hidden_states"], feed.get("text_embeds"), feed.get("time_ids")),
                     ),
                 )
-        elif component == "text_encoder":
+        elif component.startswith("text_encoder"):
             with self.text_encoders() as encode:
-                first = encode.networks[0]
-                yield first, lambda feed: first(feed["input_ids"].to(self.device))
+                network = encode.networks[text_encoders(self.format).index(component)]
+                yield network, lambda feed: network(feed["input_ids"].to(self.device))
         else:
             with self.vae() as vae:
                 yield (
@@ -142,7 +143,7 @@ class TorchRuntime:
         import diffusers
 
         loader = getattr(diffusers, kind)
-        with _quiet():
+        with _loading(self.format):
             if self.format.kind == "ldm":
                 return loader.from_single_file(
                     str(self.format.path), config=str(self.format.configs), subfolder=name,
@@ -153,8 +154,8 @@ class TorchRuntime:
             )
 
     def _text_encoders(self) -> list[Any]:
-        names = [name for name in ("text_encoder", "text_encoder_2") if (self.format.configs / name).is_dir()]
-        with _quiet():
+        names = text_encoders(self.format)
+        with _loading(self.format):
             if self.format.kind == "ldm":
                 found = self._of_single_file(names)
             else:
@@ -188,6 +189,15 @@ class TorchRuntime:
         (kind,) = document(self.format.path, f"{name}/config.json")["architectures"]
         loader = getattr(transformers, kind)
         return loader.from_pretrained(str(self.format.path), subfolder=name, local_files_only=True, dtype=self.dtype)
+
+
+def _telling(name: str, told: Callable[[str, Tensor], Any]) -> Callable[[Any, Any, Tensor], None]:
+    """A hook that leaves what a module gives as it is."""
+
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
+        told(name, output)
+
+    return hook
 
 
 def _put(ids: Sequence[int], encoder: Any, given: Format) -> None:
@@ -264,6 +274,19 @@ def _exact() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+
+
+@contextlib.contextmanager
+def _loading(given: Format) -> Iterator[None]:
+    """Load a network; whatever its library raises is the format's fault."""
+    try:
+        with _quiet():
+            yield
+    except Exception as error:  # the libraries' exceptions have no common base
+        raise UnsupportedError(
+            f"diffusers can't load it: {str(error)[:300]}", file=given.given or given.path,
+            remedy="see what is wrong with it: sdsurgery verify",
+        ) from error  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..inspection.findings import FailOn, Finding, Verification, exit_code
 from ..inspection.regions import KINDS, OTHER, Block, Kind, Region, regions
 from ..inspection.rules import RULES
 from ..models.configs import NETWORKS
-from .terminal import human_bytes, printable
+from .terminal import counted, human_bytes, printable
 
 if TYPE_CHECKING:
     import jinja2
@@ -189,10 +189,10 @@ class _Cell:
         """All of it, for whoever points at it."""
         block = self.region.block
         where = f"{block.label} ({block.name}), {self.region.kind.words}"
-        counted = ", ".join(f"{self.counts[kind]} {words}" for kind, words in _KINDS.items() if self.counts[kind])
+        fates = ", ".join(f"{self.counts[kind]} {words}" for kind, words in _KINDS.items() if self.counts[kind])
         largest = f"\nlargest relative L2 {figure(self.largest)}: {self.name}" if self.largest is not None else ""
         special = f"\n{self.special} with NaN or Inf" if self.special else ""
-        return f"{where}\n{counted}{largest}{special}"
+        return f"{where}\n{fates}{largest}{special}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +374,7 @@ class _Checked:
         for name in dict.fromkeys([*self.found.rules, *every]):
             mark = "pass" if not every[name] else "fail" if name in failing else "noted"
             mark = "allowed" if every[name] and not counting[name] else mark
-            rows.append((name, RULES[name].title, mark, _counted(every[name], "finding") if every[name] else "nothing"))
+            rows.append((name, RULES[name].title, mark, counted(every[name], "finding") if every[name] else "nothing"))
         return rows
 
     def place_of(self, finding: Finding) -> str | None:
@@ -431,10 +431,6 @@ def bare(path: Path) -> str:
 # ---------------------------------------------------------------- templates
 
 
-def _counted(count: int, word: str) -> str:
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
-
-
 def _plain(value: Any) -> Any:
     """Whatever a model says, on one line, without characters that do something; nothing for nothing."""
     if value is None:
@@ -463,7 +459,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     filters: Iterable[tuple[str, Callable[..., Any]]] = (
-        ("figure", figure), ("share", _share), ("counted", _counted), ("bytes", human_bytes), ("remedy", remedy),
+        ("figure", figure), ("share", _share), ("counted", counted), ("bytes", human_bytes), ("remedy", remedy),
         ("breakable", _breakable),
     )  # fmt: skip
     environment.filters.update(filters)

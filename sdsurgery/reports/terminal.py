@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(count: int, word: str) -> str:
+    """So many of it."""
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
 def error(failure: SurgeryError) -> str:
     """One message: what is wrong, with which file and key, and what to do."""
     remedy = f"\n  {printable(failure.remedy)}" if failure.remedy else ""
