@@ -315,6 +315,14 @@ def test_another_setting_is_named(models: Models, place: str, fields: dict[str, 
     assert picture["refusal"], "the setting has no part in the picture"
 
 
+def test_which_steps_a_scheduler_takes_is_no_fault(models: Models) -> None:
+    """No single file tells: all take the reference's."""
+    fields = {"timestep_spacing": "trailing", "steps_offset": 0}
+    folder = models.edited(SD1, "spacing", "scheduler/scheduler_config.json", **fields)
+    for reference in ("ldm", "diffusers"):
+        assert compared(folder, models.file(SD1), "--reference", reference).code == 0
+
+
 @pytest.mark.parametrize(
     ("place", "fields", "component"),
     [
@@ -428,6 +436,14 @@ def test_broken_tokenizer_files_are_named(models: Models, content: str) -> None:
     refused(run(folder, models.file(SD1)), 3, f"{folder.name}/tokenizer: it can't be read")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+@pytest.mark.parametrize("place", ["scheduler/scheduler_config.json", "vae/config.json"])
+def test_a_config_that_is_no_json_is_named(models: Models, place: str, content: str) -> None:
+    folder = models.edited(SD1, f"broken-{content[:1]}-{place[0]}", "unet/config.json")
+    replaced(folder / place, content)
+    refused(run(folder, models.file(SD1)), 3, Path(place).name)
+
+
 def test_other_tokens_are_a_stage_of_their_own(models: Models) -> None:
     folder = models.edited(SD1, "tokens", "vae/config.json")
     for name in ("tokenizer.json", "vocab.json"):
@@ -526,6 +542,7 @@ def test_constant_arrays() -> None:
     assert compare(zeros, zeros).correlation == 1
     assert compare(zeros, ones) == compare(zeros, ones)
     off = compare(ones, zeros)
+    assert off.correlation == 0
     assert (off.relative_l2, off.psnr) == (math.inf, -math.inf)
     assert PROFILES["bf16"].refusal(off)
     with pytest.raises(ValueError, match="can't be compared"):

@@ -61,9 +61,10 @@ def compare(found: Array, reference: Array) -> Figures:
 
 
 def _correlation(a: Array, b: Array) -> float:
+    same = np.array_equal(a, b)
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(a @ b) / scale if scale else float(np.array_equal(a, b))
+    return float(a @ b) / scale if scale else float(same)
 
 
 def _decibels(peak: float, rmse: float) -> float:

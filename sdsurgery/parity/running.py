@@ -190,7 +190,8 @@ class _Run:
                 self.record.seconds.append(time.monotonic() - begun)
 
     def _sampled(self, number: int, predict: Predictor, given: Conditioning) -> Trace:
-        scheduler = scheduler_of(self.configs, self.record.facts, self.settings)
+        shared = self.reference.runtime.format.configs if self.reference else self.configs
+        scheduler = scheduler_of(shared, self.record.facts, self.settings)
 
         def counted(sample: Tensor, timestep: float, given: Conditioning) -> Tensor:
             self.advance(1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..errors import CorruptError
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -48,14 +49,12 @@ class Facts:
     Attributes:
         prediction_type: ``epsilon`` or ``v_prediction``.
         scaling_factor: What latents are multiplied by before the UNet sees them.
-        schedule: The fields of the noise schedule.
-        tokens: Positions of the text encoder.
+        schedule: The fields of the noise schedule, by the names of a scheduler's config.
     """
 
     prediction_type: str
     scaling_factor: float
     schedule: Mapping[str, Any] = field(default_factory=dict)
-    tokens: int = 77
 
     def as_text(self) -> dict[str, str]:
         """Each fact as it is told, to be compared."""
@@ -65,9 +64,13 @@ class Facts:
 
 _SCHEDULE = {
     "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000,
-    "trained_betas": None, "rescale_betas_zero_snr": False, "steps_offset": 0,
+    "trained_betas": None, "rescale_betas_zero_snr": False,
 }  # fmt: skip
-"""What all of diffusers' schedulers take where a config says nothing."""
+"""What the model was trained with, and what diffusers' schedulers take where a config says nothing.
+
+Which of the steps a scheduler goes through is its own affair (``steps_offset``, ``timestep_spacing``): no single file
+tells, and all go through the reference's.
+"""
 
 
 def facts_of(configs: Path) -> Facts:
@@ -76,16 +79,25 @@ def facts_of(configs: Path) -> Facts:
     return Facts(
         scheduler.get("prediction_type", "epsilon"),
         float(vae.get("scaling_factor", 0.18215)),
-        _SCHEDULE | {name: scheduler[name] for name in (*_SCHEDULE, "timestep_spacing") if name in scheduler},
+        _SCHEDULE | {name: scheduler[name] for name in _SCHEDULE if name in scheduler},
     )
 
 
 def document(configs: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a folder; empty where there is none."""
+    """A JSON file of a folder; empty where there is none.
+
+    Raises:
+        CorruptError: If it holds no JSON object.
+    """
     place = configs / name
     if not place.is_file():
         return {}
-    found: dict[str, Any] = json.loads(place.read_text("utf-8"))
+    try:
+        found = json.loads(place.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"it can't be read: {error}", file=place, remedy="download or write it again") from error
+    if not isinstance(found, dict):
+        raise CorruptError("it holds no JSON object", file=place, remedy="download or write it again")
     return found
 
 

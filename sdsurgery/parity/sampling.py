@@ -58,13 +58,19 @@ def size_of(configs: Path, settings: Settings) -> tuple[int, int]:
 
 
 def scheduler_of(configs: Path, facts: Facts, settings: Settings) -> Any:
-    """The scheduler, with a format's own prediction type and schedule; nothing is clipped."""
+    """The scheduler: the reference's steps with a format's own prediction type and schedule; nothing is clipped.
+
+    Args:
+        configs: The reference's.
+        facts: What the format says of itself.
+        settings: Which scheduler.
+    """
     import diffusers
 
     config = document(configs, "scheduler/scheduler_config.json")
     name = config["_class_name"] if settings.scheduler == "model" else _CLASSES[settings.scheduler]
     told = {key: value for key, value in config.items() if not key.startswith("_")}
-    told |= {"prediction_type": facts.prediction_type, "clip_sample": False}
+    told |= {**facts.schedule, "prediction_type": facts.prediction_type, "clip_sample": False}
     if settings.scheduler == "pndm":
         told["skip_prk_steps"] = True
     return getattr(diffusers, name).from_config(told)
