@@ -214,7 +214,7 @@ def test_progress_descriptors_and_many_shards(folder: Path, tmp_path: Path) -> N
     totals: list[int] = []
 
     @contextmanager
-    def listener(_: str, total: int) -> Iterator[progress.Advance]:
+    def listener(_: str, total: int, _unit: str) -> Iterator[progress.Advance]:
         totals.append(total)
         yield told.append
 

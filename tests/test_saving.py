@@ -164,7 +164,7 @@ def test_progress_counts_every_byte_once(suffix: str, model: Path, tmp_path: Pat
     totals: list[int] = []
 
     @contextmanager
-    def listener(_: str, total: int) -> Iterator[progress.Advance]:
+    def listener(_: str, total: int, _unit: str) -> Iterator[progress.Advance]:
         totals.append(total)
         yield told.append
 
@@ -680,7 +680,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(
     todo = [damage]
 
     @contextmanager
-    def listener(_: str, __: int) -> Iterator[progress.Advance]:
+    def listener(_: str, __: int, _unit: str) -> Iterator[progress.Advance]:
         yield lambda _: todo.pop()(model) if todo else None
 
     checkpoint = sd.open(model).pipe(sd.FixClip())
