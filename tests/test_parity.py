@@ -7,7 +7,8 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,7 +35,11 @@ from parity_support import (
 from skimage.metrics import peak_signal_noise_ratio
 from synthetic import SD1_IDS
 
+from sdsurgery.parity.locating import _feeds
 from sdsurgery.parity.metrics import as_bytes, compare, compare_pictures, what_is_wrong
+from sdsurgery.parity.results import Stage
+from sdsurgery.parity.runtimes import Conditioning
+from sdsurgery.parity.sampling import Step, Trace
 from sdsurgery.parity.tolerances import PROFILES
 
 pytestmark = [
@@ -313,6 +318,25 @@ def test_another_setting_is_named(models: Models, place: str, fields: dict[str, 
     assert told in found.document["verdict"][0]
     (picture,) = found.of("diffusers")["pictures"]
     assert picture["refusal"], "the setting has no part in the picture"
+
+
+def test_the_last_step_is_the_last_that_the_scheduler_takes(models: Models) -> None:
+    """PNDM asks the network once more than it has steps."""
+    found = compared(
+        models.file(SD1), models.made(models.file(SD1), "diffusers"), "--scheduler", "pndm", "--steps", "4"
+    )
+    names = [stage["stage"] for stage in found.of("ldm")["stages"] if stage["component"] == "unet"]
+    assert names == ["UNet, step 1 of 5", "UNet, step 3 of 5", "UNet, step 5 of 5"]
+
+
+def test_the_step_that_differs_is_the_one_looked_into() -> None:
+    steps = [
+        Step(number, 100.0 - number, torch.full((2, 4, 8, 8), float(number)), torch.zeros(1)) for number in range(5)
+    ]
+    record = cast("Any", SimpleNamespace(traces=[Trace(steps)], given=[Conditioning(torch.zeros(2, 77, 8))]))
+    for number in (0, 2, 4):
+        feed = _feeds(record, record, Stage("unet", "UNet", 0, step=number))["unet"]
+        assert (float(feed["timestep"]), float(feed["sample"].mean())) == (100.0 - number, number)
 
 
 def test_which_steps_a_scheduler_takes_is_no_fault(models: Models) -> None:

@@ -21,7 +21,7 @@ from conftest import ROOT, validator
 from PIL import Image
 from test_html import EVIL, Node, read, rows
 
-from sdsurgery.errors import OutputExistsError, UsageError
+from sdsurgery.errors import OutputError, OutputExistsError, UsageError
 from sdsurgery.parity.devices import Chosen
 from sdsurgery.parity.formats import LABELS, Format
 from sdsurgery.parity.metrics import Array, Figures, PictureFigures
@@ -91,7 +91,7 @@ AGREEING = Parity(SETTINGS, "fp32", Chosen("cpu", "x86_64", "there is none", VER
 BROKEN = replace(
     ONNX, stages=stages(FAR, 2, text_encoder=WHY, unet="NaN or Inf"), fingerprints=HEX | {"unet": "0" * 16}
 )
-DIVERGING = replace(AGREEING, formats=(REFERENCE, SINGLE, BROKEN), located={"ONNX folder (made)": "layers.3.mlp.fc1"})
+DIVERGING = replace(AGREEING, formats=(REFERENCE, SINGLE, replace(BROKEN, located="layers.3.mlp.fc1")))
 
 _IMAGE = '<img src="data:image/png;base64,'
 _POLICY = "; img-src data:"
@@ -238,10 +238,10 @@ def test_hostile_texts_are_text() -> None:
     drawn = tuple(replace(SINGLE.pictures[0], number=number) for number in range(4))
     bad = replace(
         SINGLE, format=form("ldm", EVIL), software=EVIL, stages=stages(FAR, 4, unet=f"it fails: {EVIL}"),
-        pictures=drawn, proof={EVIL: {EVIL: 1}}, fingerprints={EVIL: EVIL},
+        pictures=drawn, proof={EVIL: {EVIL: 1}}, fingerprints={EVIL: EVIL}, located=EVIL,
     )  # fmt: skip
     found = replace(
-        AGREEING, settings=replace(SETTINGS, prompts=odd, negative=EVIL), located={bad.format.label: EVIL},
+        AGREEING, settings=replace(SETTINGS, prompts=odd, negative=EVIL),
         chosen=Chosen(EVIL, EVIL, EVIL, {EVIL: EVIL}), formats=(replace(REFERENCE, pictures=drawn), bad),
     )  # fmt: skip
     root = opened(found)
@@ -514,3 +514,9 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     parity_folder.refuse(empty, [], force=True)
+    with pytest.raises(OutputExistsError, match="it exists"):
+        parity_folder.refuse(empty, [], force=False)
+    with pytest.raises(OutputExistsError, match="lies in it"):
+        parity_folder.refuse(folder / "report", [folder], force=True)
+    with pytest.raises(OutputError, match="no such folder"):
+        parity_folder.refuse(tmp_path / "none" / "report", [], force=True)

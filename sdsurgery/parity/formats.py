@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import sdsurgery as sd
-
 from ..checkpoint import Checkpoint
+from ..containers import open as open_checkpoint
 from ..containers import safetensors
 from ..errors import MismatchError, UnsupportedError, UsageError
 from ..models.identify import Model, identify
 from ..models.position_ids import diagnose, values
+from ..operations import Convert
+from ..operations.cast import DTypeName
 
 Kind = Literal["ldm", "diffusers", "onnx"]
 
@@ -51,7 +52,7 @@ class Format:
         return f"{LABELS[self.kind]} {self.name}" if self.name else f"{LABELS[self.kind]} (made)"
 
 
-def prepare(paths: Sequence[Path], workplace: Path, *, compute: str | None) -> tuple[Format, ...]:
+def prepare(paths: Sequence[Path], workplace: Path, *, compute: DTypeName | None) -> tuple[Format, ...]:
     """The formats to compare; of a single one that is given, the other two are made.
 
     Args:
@@ -70,7 +71,7 @@ def prepare(paths: Sequence[Path], workplace: Path, *, compute: str | None) -> t
     found: list[Format] = []
     first: Checkpoint | None = None
     for index, path in enumerate(paths):
-        checkpoint = sd.open(path)
+        checkpoint = open_checkpoint(path)
         first = first or checkpoint
         found.append(replace(_of(checkpoint, path, workplace / f"given-{index}"), name=_name(path, paths)))
     families = {each.family for each in found}
@@ -111,13 +112,13 @@ def _plain(checkpoint: Checkpoint, model: Model, path: Path, workplace: Path) ->
     container = checkpoint.origin.container if checkpoint.origin else None
     if container == safetensors.NAME and model.layout == "ldm":
         return path
-    result = checkpoint if model.layout == "ldm" else checkpoint.pipe(sd.Convert("ldm"))
+    result = checkpoint if model.layout == "ldm" else checkpoint.pipe(Convert("ldm"))
     return Path(result.save(workplace / "model.safetensors").path)
 
 
 def _configs(checkpoint: Checkpoint, target: Path) -> Path:
     """The configs and tokenizers that converting gives, without a weight."""
-    folder = checkpoint.pipe(sd.Convert("diffusers")).folder
+    folder = checkpoint.pipe(Convert("diffusers")).folder
     assert folder is not None  # noqa: S101 - for the type checker: it was made a folder
     for name, data in folder.files.items():
         place = target / name
@@ -135,21 +136,19 @@ def _position_ids(checkpoint: Checkpoint, model: Model) -> tuple[int, ...] | Non
     )
 
 
-def _others(checkpoint: Checkpoint, given: Format, workplace: Path, compute: str | None) -> list[Format]:
+def _others(checkpoint: Checkpoint, given: Format, workplace: Path, compute: DTypeName | None) -> list[Format]:
     """The formats that aren't there; one folder serves as two, for its graphs point into diffusers' own weights."""
     made: list[Format] = []
     both = workplace / "folder"
-    if given.kind != "onnx":
-        checkpoint.pipe(sd.Convert("onnx", compute=compute)).save(both)  # type: ignore[arg-type]
-    else:
-        checkpoint.pipe(sd.Convert("diffusers")).save(both)
+    to_both = Convert("diffusers") if given.kind == "onnx" else Convert("onnx", compute=compute)
+    checkpoint.pipe(to_both).save(both)
     for kind in ("ldm", "diffusers", "onnx"):
         if kind == given.kind:
             continue
         if kind == "ldm":
-            single = checkpoint.pipe(sd.Convert("ldm"))
+            single = checkpoint.pipe(Convert("ldm"))
             path = Path(single.save(workplace / "model.safetensors").path)
-            again = _of(sd.open(path), path, workplace / "single")
+            again = _of(open_checkpoint(path), path, workplace / "single")
             made.append(replace(again, given=None))
         else:
             made.append(Format(kind, both, both, given.family))

@@ -12,16 +12,12 @@ from .onnx_runtime import OnnxRuntime
 from .probes import module_values
 from .recording import Record
 from .results import Stage
-from .runtimes import text_encoders
-from .sampling import chosen
+from .runtimes import bare, text_encoders
 from .tolerances import Tolerance
 from .torch_runtime import TorchRuntime
 
 _AT_ONCE = 1 << 28
 """Values that are kept of one run: a gigabyte."""
-
-_ROOT = "text_model."
-"""In front of a text encoder's modules, in some versions of transformers and in graphs."""
 
 
 def first_module(record: Record, reference: Record, stage: Stage, tolerance: Tolerance) -> str | None:
@@ -94,8 +90,7 @@ def _feeds(record: Record, reference: Record, stage: Stage) -> Mapping[str, Feed
         }
     trace, given = reference.traces[number], reference.given[number]
     if stage.component == "unet" and trace is not None and given is not None:
-        steps = {f"step {step + 1} of": step for step in chosen(len(trace.steps))}
-        asked = trace.steps[next((step for told, step in steps.items() if told in stage.name), 0)]
+        asked = trace.steps[stage.step or 0]
         sizes = {"timestep": torch.tensor(asked.timestep), "encoder_hidden_states": given.states}
         return {"unet": {"sample": asked.sample, **sizes, **given.added}}
     if stage.component == "vae_decoder" and trace is not None:
@@ -117,11 +112,6 @@ def _in_order(record: Record, reference: Record, component: str, feed: Feed) -> 
             known = {bare(name) for name in module_values(side.format.path / component / "model.onnx")}
             sizes = {name: size for name, size in sizes.items() if name in known}
     return sizes
-
-
-def bare(name: str) -> str:
-    """A module's name as all versions and graphs agree on it."""
-    return name.removeprefix(_ROOT)
 
 
 def _outputs(record: Record, component: str, names: Sequence[str], feed: Feed) -> dict[str, Tensor]:

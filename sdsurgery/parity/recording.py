@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .metrics import Figures
-from .results import Component
+from .results import Stage
 from .runtimes import Conditioning, Facts, Runtime
 from .sampling import Trace
 
@@ -26,7 +25,7 @@ class Record:
         pixels: From -1 to 1.
         encoded: The made-up picture that the VAE's encoder gets.
         moments: What it makes of it.
-        stages: What was compared: the component, a name, the picture, the figures, and why it is wrong whatever those.
+        stages: What was compared, not yet held against a tolerance; what is wrong whatever the figures says so.
         seconds: Of the loop and the decoder.
     """
 
@@ -39,11 +38,5 @@ class Record:
     pixels: list[Tensor | None] = field(default_factory=list)
     encoded: list[Tensor] = field(default_factory=list)
     moments: list[Tensor | None] = field(default_factory=list)
-    stages: list[tuple[Component, str, int, Figures | None, str | None]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-
-    def note(
-        self, component: Component, name: str, picture: int, found: Figures | None, refusal: str | None = None
-    ) -> None:
-        """Keep a stage's outcome."""
-        self.stages.append((component, name, picture, found, refusal))

@@ -28,6 +28,7 @@ class Stage:
         picture: The number of the picture.
         figures: How far apart; ``None`` where nothing could be computed, and for what is equal or not.
         refusal: Why it isn't within the tolerance.
+        step: Of the loop, where it is one that was compared.
     """
 
     component: Component
@@ -35,6 +36,7 @@ class Stage:
     picture: int
     figures: Figures | None = None
     refusal: str | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,10 @@ class Compared:
         stages: In their order.
         pictures: By number.
         seconds: For each picture, of the loop and the decoder.
-        proof: By network, how many operators ran on which provider or device.
+        proof: By network, how many of its nodes ran on which provider, or how many of its weights lay on which device.
         is_reference: Whether it is the one that the others are held against.
         fingerprints: By component, the beginning of the hash of its weights as they are stored.
+        located: The first module inside the stage that diverges, if it was looked for and found.
     """
 
     format: Format
@@ -81,6 +84,7 @@ class Compared:
     proof: Mapping[str, Mapping[str, int]]
     is_reference: bool = False
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    located: str | None = None
 
     @property
     def diverges(self) -> Stage | None:
@@ -102,7 +106,6 @@ class Parity:
         chosen: The device.
         formats: The reference first.
         seconds: That it took.
-        located: By the label of a format, the first module inside the stage that diverges.
     """
 
     settings: Settings
@@ -110,7 +113,6 @@ class Parity:
     chosen: Chosen
     formats: tuple[Compared, ...]
     seconds: float
-    located: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import sdsurgery as sd
-
 from .. import progress
+from ..containers import open as open_checkpoint
 from ..errors import SurgeryError, UsageError
 from ..inspection.fingerprints import fingerprints
 from . import devices
@@ -73,12 +72,16 @@ def parity(paths: Sequence[Path], settings: Settings, *, reference: str | None =
         coarsest = max((record.precision for record in records), key=_COARSE.index)
         profile = coarsest if settings.tolerance == "auto" else settings.tolerance
         weights = {path: _fingerprints(path) for path in {each.path for each in formats}}
-        compared = tuple(
-            replace(_judged(record, records[0], PROFILES[profile]), fingerprints=weights[each.path])
-            for each, record in zip(formats, records, strict=True)
-        )
-        located = _located(records, compared, PROFILES[profile]) if locate else {}
-    return Parity(settings, profile, device, compared, time.monotonic() - begun, located)
+        compared = [
+            replace(_judged(record, records[0], PROFILES[profile]), fingerprints=weights[record.runtime.format.path])
+            for record in records
+        ]
+        if locate:
+            compared = [
+                replace(each, located=_located(record, records[0], each, PROFILES[profile]))
+                for record, each in zip(records, compared, strict=True)
+            ]
+    return Parity(settings, profile, device, tuple(compared), time.monotonic() - begun)
 
 
 _SHORT = 16
@@ -87,21 +90,16 @@ _SHORT = 16
 
 def _fingerprints(path: Path) -> dict[str, str]:
     """What the weights are, by component; two formats may lie in one folder and share them."""
-    return {found.component: found.exact[:_SHORT] for found in fingerprints(sd.open(path))}
+    return {found.component: found.exact[:_SHORT] for found in fingerprints(open_checkpoint(path))}
 
 
-def _located(records: Sequence[Record], compared: Sequence[Compared], tolerance: Tolerance) -> dict[str, str]:
-    """The first module that differs, of each format that diverges in a network."""
-    found: dict[str, str] = {}
-    for record, each in zip(records, compared, strict=True):
-        stage = each.diverges
-        try:
-            module = first_module(record, records[0], stage, tolerance) if stage else None
-        except _FAILURES:  # it didn't run the first time, either
-            module = None
-        if module:
-            found[each.format.label] = module
-    return found
+def _located(record: Record, reference: Record, compared: Compared, tolerance: Tolerance) -> str | None:
+    """The first module that differs, if the format diverges in a network."""
+    stage = compared.diverges
+    try:
+        return first_module(record, reference, stage, tolerance) if stage else None
+    except _FAILURES:  # it didn't run the first time, either
+        return None
 
 
 def _in_order(formats: Sequence[Format], reference: str | None) -> list[Format]:
@@ -129,6 +127,7 @@ class _Run:
     ) -> None:
         self.runtime, self.settings, self.reference, self.advance = runtime, settings, reference, advance
         self.configs = runtime.format.configs
+        self.height, self.width = size_of(self.configs, settings)
         self.numbers = range(len(settings.prompts))
 
     def done(self, precision: str) -> Record:
@@ -145,7 +144,7 @@ class _Run:
         if self.reference:
             ours, theirs = self.record.facts.as_text(), self.reference.facts.as_text()
             other = [f"{key} {ours.get(key)} for {theirs.get(key)}" for key in theirs if ours.get(key) != theirs[key]]
-            self.record.note("settings", "settings", 0, None, "; ".join(other) or None)
+            self._note(Stage("settings", "settings", 0, refusal="; ".join(other) or None))
 
     def _tokens(self) -> None:
         for number in self.numbers:
@@ -154,10 +153,10 @@ class _Run:
             if self.reference:
                 theirs = self.reference.tokens[number]
                 same = len(ids) == len(theirs) and all(map(torch.equal, ids, theirs))
-                self.record.note("tokens", "token ids", number, None, None if same else "other token ids")
+                self._note(Stage("tokens", "token ids", number, refusal=None if same else "other token ids"))
 
     def _text(self) -> None:
-        numbers = time_ids(self.configs, self.settings.height or 0, self.settings.width or 0)
+        numbers = time_ids(self.configs, self.height, self.width)
         with self.runtime.text_encoders() as encode:
             for number in self.numbers:
                 own = self.record.tokens[number]
@@ -172,9 +171,10 @@ class _Run:
     def _compare_text(self, number: int, found: Conditioning, theirs: Conditioning | None) -> None:
         if theirs is None:
             return
-        self.record.note("text_encoder", "text encoder", number, _figures(found.states, theirs.states))
+        self._note(Stage("text_encoder", "text encoder", number, _figures(found.states, theirs.states)))
         if found.pooled is not None and theirs.pooled is not None:
-            self.record.note("text_encoder", "text encoder, pooled", number, _figures(found.pooled, theirs.pooled))
+            figures = _figures(found.pooled, theirs.pooled)
+            self._note(Stage("text_encoder", "text encoder, pooled", number, figures))
 
     def _unet(self) -> None:
         with self.runtime.unet() as predict:
@@ -200,20 +200,19 @@ class _Run:
         return sample(counted, given, self._noise(number), scheduler, self.settings)
 
     def _noise(self, number: int) -> Noise:
-        height, width = self.settings.height or 0, self.settings.width or 0
         channels = int(document(self.configs, "unet/config.json").get("in_channels", 4))
-        return noise_for(self.settings, number, height=height, width=width, channels=channels)
+        return noise_for(self.settings, number, height=self.height, width=self.width, channels=channels)
 
     def _forced_predictions(self, number: int, predict: Predictor, reference: Record) -> None:
         trace, given = reference.traces[number], reference.given[number]
         if trace is None or given is None:
             return
-        for step in chosen(self.settings.steps):
-            name = f"UNet, step {step + 1} of {self.settings.steps}"
+        for step in chosen(len(trace.steps)):
+            name = f"UNet, step {step + 1} of {len(trace.steps)}"
             asked = trace.steps[step]
             found = self._guarded("unet", name, number, predict, asked.sample, asked.timestep, given)
             if found is not None:
-                self.record.note("unet", name, number, _figures(found, asked.predicted))
+                self._note(Stage("unet", name, number, _figures(found, asked.predicted), step=step))
 
     def _vae(self) -> None:
         with self.runtime.vae() as vae:
@@ -237,10 +236,13 @@ class _Run:
         if trace is not None and theirs is not None:
             found = self._guarded("vae_decoder", "VAE decoder", number, self._decoded, vae, trace)
             if found is not None:
-                self.record.note("vae_decoder", "VAE decoder", number, _figures(found, theirs))
+                self._note(Stage("vae_decoder", "VAE decoder", number, _figures(found, theirs)))
         other = reference.moments[number]
         if moments is not None and other is not None:
-            self.record.note("vae_encoder", "VAE encoder", number, _figures(moments, other))
+            self._note(Stage("vae_encoder", "VAE encoder", number, _figures(moments, other)))
+
+    def _note(self, stage: Stage) -> None:
+        self.record.stages.append(stage)
 
     def _guarded(
         self, component: Component, name: str, number: int, work: Callable[..., T], *arguments: Any
@@ -249,7 +251,7 @@ class _Run:
         try:
             return work(*arguments)
         except _FAILURES as error:
-            self.record.note(component, name, number, None, f"it fails: {str(error)[:300]}")
+            self._note(Stage(component, name, number, refusal=f"it fails: {str(error)[:300]}"))
             return None
 
 
@@ -259,8 +261,7 @@ def _figures(found: Tensor, theirs: Tensor) -> Figures:
 
 def _judged(record: Record, reference: Record, tolerance: Tolerance) -> Compared:
     stages = [
-        Stage(component, name, picture, figures, refusal or (tolerance.refusal(figures) if figures else None))
-        for component, name, picture, figures, refusal in record.stages
+        replace(stage, refusal=tolerance.refusal(stage.figures)) if stage.figures else stage for stage in record.stages
     ]
     is_reference = record is reference
     pictures = tuple(_picture(number, record, reference, tolerance) for number in range(len(record.pixels)))

@@ -101,6 +101,11 @@ def document(configs: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def bare(name: str) -> str:
+    """A module's name as graphs and all versions of transformers agree on it."""
+    return name.removeprefix("text_model.")
+
+
 def text_encoders(given: Format) -> list[str]:
     """The folders of a format's text encoders, in the order in which they are fed."""
     return [name for name in ("text_encoder", "text_encoder_2") if (given.configs / name).is_dir()]
@@ -147,4 +152,4 @@ class Runtime(Protocol):
         """Load the VAE."""
 
     def proof(self) -> Mapping[str, Mapping[str, int]]:
-        """By network, how many of its operators ran on which provider or device, as far as the runtime tells."""
+        """By network, how many of its nodes ran on which provider, or of its weights lay on which device."""

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..errors import CorruptError, UnsupportedError
 from .formats import Format
-from .runtimes import Conditioning, document, text_encoders
+from .runtimes import Conditioning, bare, document, text_encoders
 
 _PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,19 +37,19 @@ class TorchRuntime:
     @contextlib.contextmanager
     def text_encoders(self) -> Iterator[TorchTextEncoders]:
         """Load the text encoders."""
-        with self._loaded(*self._text_encoders()) as networks:
+        with self._loaded(text_encoders(self.format), self._text_encoders()) as networks:
             yield TorchTextEncoders(networks, self)
 
     @contextlib.contextmanager
     def unet(self) -> Iterator[TorchPredictor]:
         """Load the UNet."""
-        with self._loaded(self._component("UNet2DConditionModel", "unet")) as (network,):
+        with self._loaded(["unet"], [self._component("UNet2DConditionModel", "unet")]) as (network,):
             yield TorchPredictor(network, self)
 
     @contextlib.contextmanager
     def vae(self) -> Iterator[TorchAutoencoder]:
         """Load the VAE."""
-        with self._loaded(self._component("AutoencoderKL", "vae")) as (network,):
+        with self._loaded(["vae"], [self._component("AutoencoderKL", "vae")]) as (network,):
             yield TorchAutoencoder(network, self)
 
     def sizes(self, component: str, feed: Mapping[str, Tensor]) -> dict[str, int]:
@@ -76,7 +77,7 @@ class TorchRuntime:
         """Run a network once, and tell of what its modules give."""
         with self._by_name(component) as (network, run):
             modules = {
-                name.removeprefix("text_model."): module
+                bare(name): module
                 for name, module in network.named_modules()
                 if any(True for _ in module.parameters(recurse=False))
             }
@@ -118,7 +119,7 @@ class TorchRuntime:
                 )
 
     def proof(self) -> Mapping[str, Mapping[str, int]]:
-        """Modules by the device that their weights lay on."""
+        """Weights by the device that they lay on."""
         return self._ran
 
     def given(self, value: Tensor) -> Tensor:
@@ -126,15 +127,14 @@ class TorchRuntime:
         return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
 
     @contextlib.contextmanager
-    def _loaded(self, *networks: Any) -> Iterator[tuple[Any, ...]]:
-        for network in networks:
+    def _loaded(self, names: Sequence[str], networks: list[Any]) -> Iterator[list[Any]]:
+        for name, network in zip(names, networks, strict=True):
             network.eval().to(self.device)
-            places = [str(value.device) for value in network.parameters()]
-            self._ran[type(network).__name__] = {place: places.count(place) for place in sorted(set(places))}
+            self._ran[name] = dict(Counter(str(value.device) for value in network.parameters()))
         del network
         with torch.no_grad(), _exact():
             yield networks
-        del networks
+        networks.clear()  # whoever made the list has it still
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -168,18 +168,19 @@ class TorchRuntime:
     def _of_single_file(self, names: Sequence[str]) -> list[Any]:
         import diffusers
 
-        kind = document(self.format.configs, "model_index.json")["_class_name"]
-        loader = getattr(diffusers, kind)
+        index = document(self.format.configs, "model_index.json")
+        loader = getattr(diffusers, index["_class_name"])
         if "from_single_file" not in dir(loader):
             loader = diffusers.StableDiffusionPipeline
-        others = dict.fromkeys(("unet", "vae", "scheduler", "tokenizer", "tokenizer_2"))
-        parts = {name: None for name in others if name in document(self.format.configs, "model_index.json")}
+        others = dict.fromkeys(
+            name for name in ("unet", "vae", "scheduler", "tokenizer", "tokenizer_2") if name in index
+        )
         pipe = loader.from_single_file(
             str(self.format.path),
             config=str(self.format.configs),
             local_files_only=True,
             torch_dtype=self.dtype,
-            **parts,
+            **others,
         )
         return [getattr(pipe, name) for name in names]
 
@@ -298,7 +299,7 @@ def _quiet() -> Iterator[None]:
     levels = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
     diffusers.logging.set_verbosity(logging.ERROR)
     transformers.logging.set_verbosity(logging.ERROR)
-    bars = diffusers.logging.is_progress_bar_enabled()
+    bars = [library for library in (diffusers, transformers) if library.logging.is_progress_bar_enabled()]
     diffusers.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     try:
@@ -308,6 +309,5 @@ def _quiet() -> Iterator[None]:
     finally:
         diffusers.logging.set_verbosity(levels[0])
         transformers.logging.set_verbosity(levels[1])
-        if bars:
-            diffusers.logging.enable_progress_bar()
-        transformers.logging.enable_progress_bar()
+        for library in bars:
+            library.logging.enable_progress_bar()

@@ -45,8 +45,7 @@ def verdict(found: Parity) -> Iterator[str]:
         first = each.diverges
         if first is None:
             continue
-        inside = found.located.get(each.format.label)
-        where = f", first at {inside}" if inside else ""
+        where = f", first at {each.located}" if each.located else ""
         yield f"{each.format.label} diverges at: {first.name}{where}: {first.refusal}"
 
 
@@ -116,11 +115,11 @@ def document(found: Parity) -> dict[str, Any]:
         "settings": asdict(found.settings),
         "device": asdict(found.chosen),
         "seconds": found.seconds,
-        "formats": [_format(each, found) for each in found.formats],
+        "formats": [_format(each) for each in found.formats],
     }
 
 
-def _format(each: Compared, found: Parity) -> dict[str, Any]:
+def _format(each: Compared) -> dict[str, Any]:
     first = each.diverges
     return {
         "kind": each.format.kind,
@@ -129,7 +128,7 @@ def _format(each: Compared, found: Parity) -> dict[str, Any]:
         "precision": each.precision,
         "reference": each.is_reference,
         "diverges": None if first is None else {"component": first.component, "stage": first.name},
-        "located": found.located.get(each.format.label),
+        "located": each.located,
         "fingerprints": dict(each.fingerprints),
         "stages": [
             {

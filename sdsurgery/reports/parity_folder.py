@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..containers.writing import AtomicFolder
-from ..errors import OutputExistsError
+from ..errors import OutputError, OutputExistsError
 from ..sources import InMemory
 from . import documents
 from .parity import document
@@ -31,16 +31,25 @@ def refuse(folder: Path, models: Sequence[Path], *, force: bool) -> None:
 
     Raises:
         OutputExistsError: If something is there that isn't an older report, or is one and may not be replaced.
+        OutputError: If no folder can be there.
     """
+    if not folder.parent.is_dir():
+        raise OutputError("there is no such folder to write it into", file=folder, remedy="make the folder first")
+    real = folder.resolve()
+    if any(path.exists() and real.is_relative_to(path.resolve()) for path in models):
+        raise OutputExistsError("it is one of the inputs, or lies in it", file=folder, remedy="choose another name")
     if not folder.exists():
         return
-    if any(path.exists() and path.samefile(folder) for path in models):
-        raise OutputExistsError("it is one of the inputs", file=folder, remedy="choose another name")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    except OSError as error:
+        message = f"it can't be looked into: {error.strerror}"
+        raise OutputError(message, file=folder, remedy="choose another name") from error
     if not names <= _OURS:
         raise OutputExistsError("it holds other things than a report", file=folder, remedy="choose another name")
     if not force:
-        raise OutputExistsError("there is a report already", file=folder, remedy="add --force to replace it")
+        there = "there is a report already" if names else "it exists"
+        raise OutputExistsError(there, file=folder, remedy="add --force to replace it")
 
 
 def write(found: Parity, folder: Path, *, force: bool) -> None:

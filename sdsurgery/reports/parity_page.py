@@ -63,13 +63,11 @@ class Side:
         place: Its number.
         name: Its kind, with a file's name where another is of that kind.
         found: What was found.
-        located: The first module that differs.
     """
 
     place: int
     name: str
     found: Compared
-    located: str | None
 
     @cached_property
     def first(self) -> Stage | None:
@@ -98,15 +96,9 @@ def _sides(found: Parity) -> list[Side]:
     from ..parity.formats import LABELS
 
     kinds = Counter(each.format.kind for each in found.formats)
-    formats = [(each, each.format) for each in found.formats]
     return [
-        Side(
-            place,
-            LABELS[form.kind] if kinds[form.kind] == 1 else form.label,
-            each,
-            found.located.get(form.label),
-        )
-        for place, (each, form) in enumerate(formats)
+        Side(place, LABELS[each.format.kind] if kinds[each.format.kind] == 1 else each.format.label, each)
+        for place, each in enumerate(found.formats)
     ]
 
 
