@@ -59,15 +59,20 @@ class Run:
 EXTERNAL = ("--weights", "external")
 EMBEDDED = ("--weights", "embedded")
 OLD = ("--opset", "17")
+FUSED = ("--optimize",)
 LOOSE = ("--no-hard-links",)
 HALF = ("--dtype", "fp16")
 RUNS = (
     *(Run("diffusers", model, options=options) for model in ("sd1", "sd2", "sd2-v") for options in ((), EXTERNAL)),
     Run("diffusers", "sd1", options=EMBEDDED),
-    Run("diffusers", "sd1", options=OLD),
+    *(Run("diffusers", "sd1", options=options) for options in (OLD, FUSED)),
     Run("diffusers", "sd1", options=HALF),
     *(Run("optimum", model, options=options) for model in ("sd1", "sd2-v", "sdxl") for options in ((), EXTERNAL)),
-    *(Run("optimum", model, options=options) for model in ("sd1", "sdxl") for options in (EMBEDDED, OLD, LOOSE, HALF)),
+    *(
+        Run("optimum", model, options=options)
+        for model in ("sd1", "sdxl")
+        for options in (EMBEDDED, OLD, LOOSE, HALF, FUSED)
+    ),
     *(Run("optimum", model, "image", options) for model in ("sd1", "sdxl") for options in ((), EXTERNAL)),
     *(Run("optimum", model, task, bind=True) for model in ("sd1", "sdxl") for task in ("text", "image")),
 )
