@@ -676,3 +676,56 @@ def test_dry_run_and_quiet(words: list[Any], tmp_path: Path) -> None:
     assert (dry["output"], wet["output"]) == (None, str(output))
     quiet = cli(*words, "-o", output, "--force", "--quiet")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+
+
+# ---------------------------------------------------------------- what no shape tells of a VAE
+
+
+def groups_stated(folder: Path) -> int | None:
+    found = json.loads((folder / "vae" / "config.json").read_text("utf-8"))["norm_num_groups"]
+    assert isinstance(found, int)
+    return found
+
+
+def odd_groups(tmp_path: Path) -> Path:
+    """A single file whose record tells of norm groups that nobody would assume."""
+    folder, path = tmp_path / "odd", tmp_path / "odd.safetensors"
+    assert cli("convert", OK, folder, "--quiet").code == 0
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"norm_num_groups": 1}), "utf-8")
+    assert cli("convert", folder, path, "--quiet").code == 0
+    return path
+
+
+@pytest.mark.parametrize("words", [("merge-vae",), ("replace", "--component", "vae", "--from")])
+@pytest.mark.parametrize("lone", [False, True])
+def test_what_a_donor_states_goes_with_its_vae(tmp_path: Path, words: tuple[str, ...], lone: bool) -> None:
+    write(tmp_path / "model.safetensors", synthetic.model("sd1", seed=9))
+    donor = odd_groups(tmp_path)
+    if lone:
+        assert cli("extract", donor, "--component", "vae", "-o", tmp_path / "vae.pt", "--quiet").code == 0
+        donor = tmp_path / "vae.pt"
+    assert cli("convert", tmp_path / "model.safetensors", tmp_path / "before", "--quiet").code == 0
+    assert groups_stated(tmp_path / "before") != 1
+    for model, result in (("model.safetensors", "new.safetensors"), ("before", "new")):
+        command, *options = words
+        done = cli(command, tmp_path / model, *options, donor, "-o", tmp_path / result, "--quiet")
+        assert done.code == 0, done.err
+    assert cli("convert", tmp_path / "new.safetensors", tmp_path / "after", "--quiet").code == 0
+    assert groups_stated(tmp_path / "after") == groups_stated(tmp_path / "new") == 1
+
+
+def test_what_was_stated_of_a_vae_that_is_gone_does_not_stay(tmp_path: Path) -> None:
+    write(tmp_path / "donor.safetensors", synthetic.model("sd1", seed=9))
+    model = odd_groups(tmp_path)
+    assert cli("merge-vae", model, tmp_path / "donor.safetensors", "-o", tmp_path / "new.safetensors").code == 0
+    assert cli("convert", tmp_path / "new.safetensors", tmp_path / "after", "--quiet").code == 0
+    assert groups_stated(tmp_path / "after") != 1
+
+
+def test_what_was_stated_stays_where_the_vae_is_the_same_already(tmp_path: Path) -> None:
+    model = odd_groups(tmp_path)
+    assert cli("extract", model, "--component", "vae", "-o", tmp_path / "vae.pt", "--quiet").code == 0
+    fixed = sd.open(model).pipe(sd.MergeVae(tmp_path / "vae.pt"), sd.Convert("diffusers"))
+    fixed.save(tmp_path / "after")
+    assert groups_stated(tmp_path / "after") == 1

@@ -44,6 +44,19 @@ def unheld_settings(checkpoint: Checkpoint, files: FolderFiles, stated: Stated) 
     return facts
 
 
+def settings_of(component: Component, config: Mapping[str, Any], files: FolderFiles) -> dict[str, Any]:
+    """What a component's config says and nobody would assume of it, as a step's facts keep it.
+
+    Args:
+        component: One of a single file.
+        config: What its config says.
+        files: Makes the files that a folder of that single file would get.
+    """
+    said = {field: config[field] for field in silent_fields(component.name) if field in config}
+    fields = _unlike(said, said, files.config(component))
+    return {CONFIGS: {component.name: fields}} if fields else {}
+
+
 def _unlike(defaults: Mapping[str, Any], said: Mapping[str, Any], assumed: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that mean another thing than what would be assumed; one that it lacks has its default."""
     fields = {field: said.get(field, default) for field, default in defaults.items()}

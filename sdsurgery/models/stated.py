@@ -149,7 +149,7 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
         UnsupportedError: If a config is of no known kind.
     """
     # A folder's own configs tell more than what an earlier file's record says, and later.
-    found = Stated() if checkpoint.folder else _in_metadata(checkpoint)
+    found = Stated() if checkpoint.folder else recorded(checkpoint)
     try:
         found.check(model)
     except InputError as error:
@@ -282,12 +282,16 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _in_metadata(checkpoint: Checkpoint) -> Stated:
-    """What the record of the last conversion kept, but for components that were replaced since."""
+def recorded(checkpoint: Checkpoint) -> Stated:
+    """What the record in the metadata tells: of the last conversion, and of components that were replaced since."""
     found = Stated()
     for step in [*history.recorded(checkpoint.metadata), *map(history.describe, checkpoint.steps)]:
-        if step.get("operation") == "convert" and step.get("changes"):
+        if not step.get("changes"):
+            continue
+        if step.get("operation") == "convert":
             found = Stated()
+        gone = _replaced(step)
+        found = replace(found, configs={name: said for name, said in found.configs.items() if name != gone})
         configs = dict(_recorded_configs(step.get(CONFIGS)))
         scheduler = step.get(SCHEDULER)
         if configs or isinstance(scheduler, dict):
@@ -295,8 +299,6 @@ def _in_metadata(checkpoint: Checkpoint) -> Stated:
             if isinstance(scheduler, dict) and isinstance(scheduler.get("_class_name"), str):
                 kept = replace(kept, scheduler=scheduler, prediction_type=_predicted(scheduler))
             found = kept.over(found)
-        gone = _replaced(step)
-        found = replace(found, configs={name: said for name, said in found.configs.items() if name != gone})
     return found
 
 

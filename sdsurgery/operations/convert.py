@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from .. import history
 from ..checkpoint import Change, Checkpoint, Folder, Note, Step
 from ..containers.folders import is_lone
 from ..dtypes import CAST_TARGETS
@@ -21,7 +20,7 @@ from ..models.folder_files import INDEX_NAME, FolderFiles
 from ..models.folder_repair import completed, missing_files
 from ..models.identify import Model, identify
 from ..models.single_file import mark, unheld_settings, webui_config
-from ..models.stated import Stated, of_folder_files, stated_about
+from ..models.stated import CONFIGS, SCHEDULER, Stated, of_folder_files, recorded, stated_about
 from ..sources import InMemory
 from .base import Operation, Param, Source, input_record, opened
 from .cast import DTypeName
@@ -303,9 +302,10 @@ def _tokens(content: bytes) -> Any:
 
 
 def _stands_in(metadata: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
-    """Whether the last conversion that a file's record tells of kept just these facts."""
-    steps = [step for step in history.recorded(metadata) if step.get("operation") == "convert"]
-    return bool(steps) and all(steps[-1].get(name) == fact for name, fact in facts.items())
+    """Whether a file's record tells just these facts."""
+    told = recorded(Checkpoint({}, metadata))
+    kept = {CONFIGS: told.configs, SCHEDULER: told.scheduler}
+    return all(kept[name] == fact for name, fact in facts.items())
 
 
 def _fact_notes(facts: Mapping[str, Any]) -> list[Note]:

@@ -13,9 +13,11 @@ from ..errors import MismatchError, SurgeryError, UsageError
 from ..models.components import POSITION_IDS, Component
 from ..models.configs import CONFIG_NAME, documents
 from ..models.conversion import in_layout, misfits
+from ..models.folder_files import FolderFiles
 from ..models.identify import VAE_PREFIX, Model, identify
 from ..models.known import VAE_FAMILY, Provenance, latent_space, provenance_of_vae
-from ..models.stated import silent_fields
+from ..models.single_file import settings_of
+from ..models.stated import Stated, silent_fields, stated_about
 from ..models.walks import Layout, UNetConfig
 from ..sources import InMemory
 from .base import Operation, Param, Source, input_record, opened
@@ -175,9 +177,18 @@ def _donor(source: Source, name: str) -> _Donor:
             f"{key} {list(donor[key].shape)} instead of {list(shape)}" for key, shape in wrong.items()
         )
         raise _fault(MismatchError, message, donor, "name a file whose component is sound", next(iter(wrong)))
-    configs = documents(donor)
     origin = provenance_of_vae(donor, model) if name == "vae" else Provenance()
-    return _Donor(donor, part, origin, configs.get(name, configs.get("")))
+    return _Donor(donor, part, origin, _config(donor, model, part))
+
+
+def _config(donor: Checkpoint, model: Model, part: Component) -> Mapping[str, Any] | None:
+    """The component's config, if anybody states one: its folder, or what is beside a file or in its metadata."""
+    configs = documents(donor)
+    stands_there = configs.get(part.name, configs.get(""))
+    if stands_there is not None:
+        return stands_there
+    stated = stated_about(donor, model, None)
+    return FolderFiles(donor, model, stated).config(part) if stated.configs.get(part.name) else None
 
 
 def _some(items: Iterable[str], most: int = 5) -> str:
@@ -243,10 +254,13 @@ def _graft(
         else:
             continue
         tensors[key] = tensor
+    facts: dict[str, Any] = {VAE_FAMILY: donor.origin.family} if donor.origin.family else {}
     folder = checkpoint.folder
-    if folder and donor.config:
+    if donor.config and folder:
         folder, change = _with_config(checkpoint, folder, target, donor.config)
         changes.extend(change)
+    elif donor.config:
+        facts |= _settings(replace(checkpoint, tensors=tensors), target.name, donor.config)
     kept = [key for name, key in target.keys.items() if name not in weights and name != POSITION_IDS]
     if kept:
         notes.append(Note(f"{len(kept)} weights that the donor lacks stay the model's own: {_some(kept)}"))
@@ -254,9 +268,14 @@ def _graft(
         notes.append(Note(f"the {target.name} is this one already"))
     parameters = {name: value for name, value in operation.parameters().items() if name != "force"}
     inputs = input_record(donor.checkpoint, donor.origin.sha256)
-    facts = {VAE_FAMILY: donor.origin.family} if donor.origin.family else {}
     step = Step(operation.name, parameters, tuple(changes), tuple(notes), inputs, facts)
     return checkpoint.evolve(tensors, step, folder=folder)
+
+
+def _settings(checkpoint: Checkpoint, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a single file's record must keep of a config: no shape tells it."""
+    model = identify(checkpoint)
+    return settings_of(model.components[name], config, FolderFiles(checkpoint, model, Stated()))
 
 
 def _with_config(
