@@ -217,8 +217,10 @@ LAYERS: dict[str, tuple[Change, str, str]] = {
         "encoder.layers.3.self_attn.q_proj",
     ),
     "clip-norm": (zeroed(f"{CLIP}final_layer_norm.weight"), "text_encoder", "final_layer_norm"),
+    "places": (rolled(f"{CLIP}embeddings.position_embedding.weight"), "text_encoder", "embeddings.position_embedding"),
+    "words": (rolled(f"{CLIP}embeddings.token_embedding.weight"), "text_encoder", "embeddings.token_embedding"),
 }
-IN_ONNX = ("to_q", "time", "vae-attention", "vae-encoder", "clip")
+IN_ONNX = ("to_q", "time", "vae-attention", "vae-encoder", "clip", "places", "words")
 
 
 @pytest.mark.parametrize("fault", LAYERS)
@@ -240,6 +242,15 @@ def test_a_damaged_layer_of_a_graph_is_named(models: Models, fault: str) -> None
     assert found.code == 1
     assert (found.component("onnx"), found.located("onnx")) == (component, layer)
     assert found.component("ldm") is None
+
+
+@pytest.mark.parametrize("fault", IN_ONNX)
+def test_a_damaged_layer_is_named_between_graphs(models: Models, fault: str) -> None:
+    change, component, layer = LAYERS[fault]
+    pair = [models.made(file, "onnx") for file in (models.damaged(SD1, fault, change), models.file(SD1))]
+    found = compared(*pair, "--reference", pair[1], "--locate")
+    _, first = found.document["formats"]
+    assert (found.code, first["diverges"]["component"], first["located"]) == (1, component, layer)
 
 
 SECOND = "conditioner.embedders.1.model."

@@ -28,10 +28,11 @@ def draw_text_encoder(
     epsilon, heads = document.get("layer_norm_eps", 1e-5), document["num_attention_heads"]
     activation = d.quick_gelu if document.get("hidden_act", "quick_gelu") == "quick_gelu" else d.gelu
     tokens = d.input("input_ids", ids, ["batch", "sequence"])
-    value = d.add("Gather", d.weight(f"{_ROOT}embeddings.token_embedding.weight"), tokens, axis=0)
+    words, at = (f"{_ROOT}embeddings.{part}_embedding" for part in ("token", "position"))
+    value = d.add("Gather", d.weight(f"{words}.weight"), tokens, name=words, axis=0)
     length = d.add("Shape", tokens, start=1, end=2)
-    places = d.weight(f"{_ROOT}embeddings.position_embedding.weight")
-    value = d.add("Add", value, d.add("Slice", places, d.ints(0), length, d.ints(0)))
+    places = d.add("Slice", d.weight(f"{at}.weight"), d.ints(0), length, d.ints(0), name=at)
+    value = d.add("Add", value, places)
     passed = [value]
     names = [f"{_ROOT}encoder.layers.{index}" for index in range(layers)]
     after = [*(f"{name}.layer_norm1" for name in names[1:]), f"{_ROOT}final_layer_norm"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from .metrics import compare
 from .onnx_runtime import OnnxRuntime
-from .probes import module_values
 from .recording import Record
 from .results import Stage
-from .runtimes import bare, text_encoders
+from .runtimes import text_encoders
 from .tolerances import Tolerance
-from .torch_runtime import TorchRuntime
 
 _AT_ONCE = 1 << 28
 """Values that are kept of one run: a gigabyte."""
@@ -23,8 +21,9 @@ _AT_ONCE = 1 << 28
 def first_module(record: Record, reference: Record, stage: Stage, tolerance: Tolerance) -> str | None:
     """Its name; ``None`` where no module differs, or none could be compared.
 
-    Modules are looked at in the order in which torch runs them, as many at a time as fit into memory. All of them are,
-    for not all that follow the first one that differs differ, too: what reads the prompt or the time alone doesn't.
+    Modules are looked at in the order in which torch runs them, or the graph's where both are graphs, as many at a time
+    as fit into memory. All of them are, for not all that follow the first one that differs differ, too: what reads the
+    prompt or the time alone doesn't.
 
     Args:
         record: What the runtime did.
@@ -35,7 +34,7 @@ def first_module(record: Record, reference: Record, stage: Stage, tolerance: Tol
     bound = _bound(stage, tolerance)
     for network, feed in _feeds(record, reference, stage).items():
         for names in _portions(_in_order(record, reference, network, feed)):
-            ours, theirs = (_outputs(each, network, names, feed) for each in (record, reference))
+            ours, theirs = (each.runtime.outputs_of(network, names, feed) for each in (record, reference))
             wrong = next((name for name in names if _differs(name, ours, theirs, bound)), None)
             if wrong is not None:
                 return wrong if network in {stage.component, "text_encoder"} else f"{network}.{wrong}"
@@ -60,7 +59,7 @@ def _differs(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     a, b = ours.get(name), theirs.get(name)
     if a is None or b is None:  # ours fails at the module, or before it
         return b is not None
-    if 1 in {a.shape[0], b.shape[0]}:  # what knows nothing but the time is the same for all of a batch
+    if a.numel() != b.numel() and 1 in {a.shape[0], b.shape[0]}:  # what knows the time alone is the same for all
         a, b = a[:1], b[:1]
     if a.numel() != b.numel():
         return False
@@ -102,26 +101,10 @@ def _feeds(record: Record, reference: Record, stage: Stage) -> Mapping[str, Feed
 
 def _in_order(record: Record, reference: Record, component: str, feed: Feed) -> Mapping[str, int]:
     """The modules that both runtimes tell of, in the order in which torch runs them, and how many values they give."""
-    sides = [each.runtime for each in (record, reference)]
-    torches = [side for side in sides if isinstance(side, TorchRuntime)]
-    if not torches:
-        return {}
-    sizes = torches[-1].sizes(component, feed)
+    sides = sorted((reference.runtime, record.runtime), key=lambda side: isinstance(side, OnnxRuntime))
+    sizes = sides[0].sizes(component, feed)
     for side in sides:
         if isinstance(side, OnnxRuntime):
-            known = {bare(name) for name in module_values(side.format.path / component / "model.onnx")}
+            known = side.modules(component)
             sizes = {name: size for name, size in sizes.items() if name in known}
     return sizes
-
-
-def _outputs(record: Record, component: str, names: Sequence[str], feed: Feed) -> dict[str, Tensor]:
-    runtime = record.runtime
-    if isinstance(runtime, TorchRuntime):
-        return runtime.outputs_of(component, names, feed)
-    assert isinstance(runtime, OnnxRuntime)  # noqa: S101 - for the type checker: there are two
-    values = {
-        bare(name): value for name, value in module_values(runtime.format.path / component / "model.onnx").items()
-    }
-    with runtime.probed(component, [values[name] for name in names if name in values]) as session:
-        found = session.run(feed)
-    return {name: found[values[name]] for name in names if name in values}

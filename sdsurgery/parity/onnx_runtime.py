@@ -7,7 +7,7 @@ import gc
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .formats import Format
-from .probes import with_outputs
+from .probes import SHAPE, module_values, with_outputs
 from .runtimes import Conditioning, text_encoders
 
 _TYPES = {
@@ -32,13 +32,16 @@ _STATES = "hidden_states."
 class Session:
     """One graph, loaded; its first run is profiled, to prove where its nodes ran."""
 
-    def __init__(self, path: Path, device: torch.device, *, probes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path, device: torch.device, *, probes: Sequence[str] = (), shapes: Sequence[str] = ()
+    ) -> None:
         """Load it.
 
         Args:
             path: The graph.
             device: Where to run it.
             probes: Values inside the graph that are to be outputs, too.
+            shapes: Values inside the graph whose shapes are to be outputs.
         """
         import onnxruntime
 
@@ -53,8 +56,8 @@ class Session:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"}))
         try:
             graph: str | bytes = str(path)
-            if probes:
-                graph = with_outputs(path, probes)
+            if probes or shapes:
+                graph = with_outputs(path, probes, shapes=shapes)
                 options.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(path.parent)
                 )
@@ -166,15 +169,30 @@ class OnnxRuntime:
         """Nodes by provider, from ONNX Runtime's profile of the first run of each graph."""
         return self._ran
 
-    @contextlib.contextmanager
-    def probed(self, component: str, values: Iterable[str]) -> Iterator[Session]:
-        """A graph that also gives values from inside it.
+    def modules(self, component: str) -> Mapping[str, str]:
+        """By module, the name of the value that it gives in a graph such as ``unet`` or ``vae_decoder``."""
+        return module_values(self._graph(component))
 
-        Args:
-            component: Such as ``unet`` or ``vae_decoder``.
-            values: Their names.
-        """
-        session = Session(self.format.path / component / "model.onnx", self.device, probes=tuple(values))
+    def sizes(self, component: str, feed: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many values modules with weights of their own give, in the order of the graph."""
+        values = self.modules(component)
+        with self._probed(component, shapes=tuple(values.values())) as session:
+            found = session.run(feed)
+        return {name: int(found[SHAPE + value].prod()) for name, value in values.items()}
+
+    def outputs_of(self, component: str, names: Sequence[str], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What they give."""
+        values = self.modules(component)
+        with self._probed(component, probes=tuple(values[name] for name in names)) as session:
+            found = session.run(feed)
+        return {name: found[values[name]] for name in names}
+
+    def _graph(self, component: str) -> Path:
+        return self.format.path / component / "model.onnx"
+
+    @contextlib.contextmanager
+    def _probed(self, component: str, **told: Sequence[str]) -> Iterator[Session]:
+        session = Session(self._graph(component), self.device, **told)
         try:
             yield session
         finally:
@@ -185,7 +203,7 @@ class OnnxRuntime:
         sessions: list[Session] = []
         try:
             for name in names:  # one by one, so that those before one that fails are let go of
-                sessions += [Session(self.format.path / name / "model.onnx", self.device)]
+                sessions += [Session(self._graph(name), self.device)]
             yield sessions
         finally:
             for name, session in zip(names, sessions, strict=False):

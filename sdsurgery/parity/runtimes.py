@@ -153,3 +153,14 @@ class Runtime(Protocol):
 
     def proof(self) -> Mapping[str, Mapping[str, int]]:
         """By network, how many of its nodes ran on which provider, or of its weights lay on which device."""
+
+    def sizes(self, component: str, feed: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many values modules with weights of their own give, in the order in which a run comes to them.
+
+        Args:
+            component: Such as ``unet`` or ``vae_decoder``.
+            feed: What the network is fed, under the names of a graph's inputs.
+        """
+
+    def outputs_of(self, component: str, names: Sequence[str], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What such modules give; where the network fails, those before may be all."""

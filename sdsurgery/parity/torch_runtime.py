@@ -59,13 +59,7 @@ class TorchRuntime:
         return found
 
     def outputs_of(self, component: str, names: Sequence[str], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What modules inside a network give; where it fails, those before.
-
-        Args:
-            component: Such as ``unet`` or ``vae_decoder``.
-            names: Of the modules.
-            feed: What the network is fed, under the names of a graph's inputs.
-        """
+        """What they give; where the network fails, those before."""
         found: dict[str, Tensor] = {}
         with contextlib.suppress(RuntimeError, IndexError, ValueError):
             self._hooked(component, feed, set(names), lambda name, value: found.setdefault(name, value.float()))

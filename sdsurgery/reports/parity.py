@@ -46,7 +46,8 @@ def verdict(found: Parity) -> Iterator[str]:
         if first is None:
             continue
         where = f", first at {each.located}" if each.located else ""
-        yield f"{each.format.label} diverges at: {first.name}{where}: {first.refusal}"
+        number = f" (picture {first.picture + 1})" if len(found.settings.prompts) > 1 else ""
+        yield f"{each.format.label} diverges at: {first.name}{number}{where}: {first.refusal}"
 
 
 def worst(each: Compared) -> list[Stage]:
