@@ -20,11 +20,11 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> None:
-    """Run a command; its failure ends this one with the same code."""
-    code = subprocess.run([str(word) for word in command], cwd=cwd, check=False).returncode
-    if code:
-        sys.exit(code)
+def run(*command: str | Path, cwd: Path = ROOT, code: int = 0) -> None:
+    """Run a command that should end with this code; another ends this one with it, too."""
+    done = subprocess.run([str(word) for word in command], cwd=cwd, check=False).returncode
+    if done != code:
+        sys.exit(done or 1)
 
 
 def install(what: str) -> None:
@@ -36,27 +36,36 @@ def install(what: str) -> None:
 
 
 def demo() -> None:
-    """The story of Anything V3.1 on a small model: bad position ids and VAE, mended in one line, then converted."""
-    install(".")
+    """The story of Anything V3.1 on a small model that draws: bad position ids and VAE, mended, converted, drawn."""
+    install(".[parity]")
     folder = ROOT / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    shutil.copy(ROOT / "fixtures" / "merged.ckpt", folder / "anything-v3.ckpt")
-    shutil.copy(ROOT / "fixtures" / "vae.vae.pt", folder / "better.vae.pt")
-    for title, words in (
-        ("What is in this merge?", "inspect anything-v3.ckpt"),
-        ("Swap the VAE, mend the position ids, write safetensors:",
-         "pipe anything-v3.ckpt -o anything-v3-1.safetensors merge-vae better.vae.pt + fix-clip"),
-        ("What is in the result?", "inspect anything-v3-1.safetensors"),
-        ("Is anything left to mend?", "fix-clip --check anything-v3-1.safetensors"),
+    run(PYTHON, ROOT / "fixtures" / "break_miniature.py", folder / "anything-v3.safetensors")
+    shutil.copy(ROOT / "fixtures" / "captions.txt", folder)
+    shutil.copy(ROOT / "fixtures" / "miniature.safetensors", folder / "sound.safetensors")
+    drawn = "--prompts captions.txt -o"
+    for title, words, code in (
+        ("The VAE of a sound model, as a file:", "extract sound.safetensors --component vae -o better.vae.pt", 0),
+        ("What is in this merge?", "inspect anything-v3.safetensors", 0),
+        ("Swap the VAE:", "merge-vae anything-v3.safetensors better.vae.pt -o only-the-vae.safetensors", 0),
+        ("The same, and mend the position ids:",
+         "pipe anything-v3.safetensors -o anything-v3-1.safetensors merge-vae better.vae.pt + fix-clip", 0),
+        ("Is anything left to mend?", "fix-clip --check anything-v3-1.safetensors", 0),
         ("A folder for diffusers, with a sidecar of what it can't hold:",
-         "convert anything-v3-1.safetensors anything-v3-1 --sidecar"),
-        ("And the very same file again:", "convert anything-v3-1 again.safetensors"),
-        ("Are both whole and sound?", "verify anything-v3-1.safetensors anything-v3-1"),
+         "convert anything-v3-1.safetensors anything-v3-1 --sidecar", 0),
+        ("The very same file again:", "convert anything-v3-1 again.safetensors", 0),
+        ("ONNX graphs, on one copy of the weights:", "convert anything-v3-1 anything-v3-1-onnx --to onnx", 0),
+        ("Are all of them whole and sound?", "verify anything-v3-1.safetensors anything-v3-1 anything-v3-1-onnx", 0),
+        ("Do they draw the same pictures?",
+         f"parity anything-v3-1.safetensors anything-v3-1 anything-v3-1-onnx {drawn} parity", 0),
+        ("And what did the merge draw, and the merge with the other VAE?",
+         f"parity anything-v3-1.safetensors only-the-vae.safetensors anything-v3.safetensors {drawn} before-and-after",
+         1),
     ):  # fmt: skip
         print(f"\n# {title}\n$ sdsurgery {words}", flush=True)
-        run(PYTHON, "-m", "sdsurgery", *words.split(), cwd=folder)
-    print(f"\nThe files are in {folder.relative_to(ROOT)}/; the environment is .venv.")
+        run(PYTHON, "-m", "sdsurgery", *words.split(), cwd=folder, code=code)
+    print(f"\nThe files are in {folder.relative_to(ROOT)}/, the pictures in its folders parity/ and before-and-after/.")
 
 
 _GPU = """
