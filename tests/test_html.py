@@ -19,8 +19,8 @@ import sdsurgery as sd
 from sdsurgery.inspection.diffing import Diff, Renamed, diff
 from sdsurgery.inspection.explaining import Explanation
 from sdsurgery.inspection.findings import DONOR, Finding, Mend, Verification
-from sdsurgery.inspection.regions import KINDS, OTHER, regions
 from sdsurgery.inspection.rules import RULES
+from sdsurgery.models.regions import KINDS, OTHER, regions
 from sdsurgery.models.walks import ClipConfig, OpenClipConfig, UNetConfig, VaeConfig, links
 from sdsurgery.reports import html
 

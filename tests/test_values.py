@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdsurgery as sd
+from sdsurgery.arrays import PIECE
 from sdsurgery.dtypes import BY_NAME, CAST_TARGETS
 from sdsurgery.errors import RefusedError
-from sdsurgery.inspection.comparing import _BYTES
-from sdsurgery.inspection.values import Values, readable, scan
 from sdsurgery.operations.cast import check_values
 from sdsurgery.sources import InMemory, Joined
+from sdsurgery.values import Values, readable, scan
 
 FLOATS = {
     "F64": np.float64, "F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16,
@@ -125,7 +125,7 @@ def test_every_value_of_a_narrow_type(name: str) -> None:
 def test_around_the_size_of_a_piece(name: str, more: int, pieces: int) -> None:
     """What is special lies last, or first, or on both sides of a border."""
     kind = np.dtype(FLOATS[name])
-    border = _BYTES // kind.itemsize
+    border = PIECE // kind.itemsize
     count = pieces * border + more
     array = np.full(count, 0.5, kind)
     assert_same(scan(tensor(array, name)), Values(count, 0, 0, 0, 0, 0.5))
@@ -138,7 +138,7 @@ def test_around_the_size_of_a_piece(name: str, more: int, pieces: int) -> None:
 
 
 def test_pieces_that_differ_are_no_constant() -> None:
-    border = _BYTES // 4
+    border = PIECE // 4
     halves = np.concatenate([np.full(border, 1.0, np.float32), np.full(border, 2.0, np.float32)])
     assert scan(tensor(halves, "F32")).constant is None
     inner = np.full(border, 1.0, np.float32)

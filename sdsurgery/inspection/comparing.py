@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..arrays import arrays_of, pieces
 from ..checkpoint import Tensor
 from ..dtypes import DType
-from ..sources import Data, FileSlice, Joined
+from ..sources import Data
 
 Kind = Literal["equal", "dtype", "rounded", "changed", "shape"]
-
-_BYTES = 256 << 10
-"""Bytes of a piece: small enough that both, and what is computed of them, stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,48 +76,8 @@ def compare(one: Tensor, other: Tensor, advance: Callable[[int], None] = lambda 
 
 def _same_bytes(one: Data, other: Data) -> bool:
     """Whether the bytes are equal; reads no further than to the first difference."""
-    pairs = zip(_pieces(one), _pieces(other), strict=True)
+    pairs = zip(pieces(one), pieces(other), strict=True)
     return all(left == right for left, right in pairs)
-
-
-def _pieces(data: Data, size: int = _BYTES) -> Iterator[bytes | bytearray]:
-    """Pieces of exactly ``size`` bytes, the last one shorter, each good until the next is asked for.
-
-    A whole one is a ``bytearray``, which compares with another at the speed of memory; a ``memoryview`` doesn't.
-    """
-    buffer = bytearray(size)
-    view = memoryview(buffer)
-    filled = 0
-    for count in _filling(data, view):
-        filled = count % size
-        if not filled:
-            yield buffer
-    if filled:
-        yield bytes(view[:filled])
-
-
-def _filling(data: Data, view: memoryview) -> Iterator[int]:
-    """Fill a buffer with the bytes in order, and tell how many came in all whenever it is full, and at the end."""
-    size, done = len(view), 0
-    for part in data.parts if isinstance(data, Joined) else (data,):
-        position = 0
-        pieces = part.chunks(size) if not isinstance(part, FileSlice) else None
-        piece = memoryview(b"")
-        while position < part.nbytes:
-            room = view[done % size :]
-            if isinstance(part, FileSlice):
-                count = min(len(room), part.nbytes - position)
-                part.file.read_into(room[:count], part.offset + position)
-            else:
-                piece = piece or memoryview(next(pieces)).cast("B")  # type: ignore[arg-type]
-                count = min(len(room), len(piece))
-                room[:count] = piece[:count]
-                piece = piece[count:]
-            position, done = position + count, done + count
-            if done % size == 0:
-                yield done
-    if done % size:
-        yield done
 
 
 def _computable(dtype: DType) -> bool:
@@ -141,17 +99,6 @@ def _across_types(one: Tensor, other: Tensor) -> Kind:
                 return "changed"
             exact = exact and np.array_equal(low.astype(high.dtype), high, equal_nan=high.dtype.kind == "f")
     return "dtype" if exact else "rounded"
-
-
-def arrays_of(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
-    """The elements of tensors of one shape as flat NumPy arrays, in pieces of as many elements each."""
-    import numpy as np
-
-    count = _BYTES // max(tensor.dtype.itemsize for tensor in tensors)
-    kinds = [tensor.dtype.to_numpy() for tensor in tensors]
-    streams = [_pieces(tensor.data, count * tensor.dtype.itemsize) for tensor in tensors]
-    for pieces in zip(*streams, strict=True):
-        yield tuple(np.frombuffer(piece, dtype=kind) for piece, kind in zip(pieces, kinds, strict=True))
 
 
 def statistics(one: Tensor, other: Tensor) -> Statistics:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ..arrays import arrays_of
 from ..checkpoint import Checkpoint
 from ..models.canonical import Canonical, canonical
 from ..models.identify import identify
-from .comparing import arrays_of
 
 _DECIMALS = (1, 2, 3, 4)
 """Merging tools are told short numbers; the estimate is rounded to as many places as it takes."""

@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from .. import progress
+from ..arrays import arrays_of
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import MismatchError
 from ..models.canonical import Canonical, canonical
 from ..models.identify import identify
 from ..sources import sweep
-from .comparing import arrays_of
 
 _THREADS = 2
 _CHUNK = 1 << 20

@@ -21,12 +21,12 @@ from functools import cache
 from typing import Any, Literal
 
 from .. import progress
+from ..arrays import arrays_of
 from ..checkpoint import Checkpoint, Tensor
 from ..models.canonical import canonical
 from ..models.identify import Model, identify
 from ..models.walks import ClipConfig, OpenClipConfig, VaeConfig
 from . import registry
-from .comparing import arrays_of
 from .fingerprints import fingerprints
 
 _THREADS = 2

@@ -15,12 +15,12 @@ from ..containers import open as open_checkpoint
 from ..dtypes import DType
 from ..errors import SurgeryError
 from ..models.identify import identify
+from ..values import scan
 from . import manifests
 from .checks import folder, metadata, structure, text, weights
 from .checks.subject import Subject
 from .findings import SEVERITIES, Finding, Verification
 from .rules import RULES, Group, Profile
-from .values import scan
 
 MANIFEST = "manifest"
 SIGNATURE = "signature"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from .. import progress
+from ..arrays import arrays_of
 from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
 from ..dtypes import CAST_TARGETS, DType
 from ..errors import MismatchError, RefusedError, UnsupportedError
@@ -95,23 +96,10 @@ def cast_tensor(tensor: Tensor, target: DType, on_overflow: OnOverflow = "refuse
         return tensor
 
     def produce(size: int) -> Iterator[Buffer]:
-        for piece in _arrays(tensor, size):
+        for (piece,) in arrays_of((tensor,), size):
             yield memoryview(_convert(piece, target, on_overflow)).cast("B")
 
     return Tensor(target, tensor.shape, Computed(target.nbytes(tensor.shape), produce, tensor.data.files))
-
-
-def _arrays(tensor: Tensor, size: int) -> Iterator[Any]:
-    """The elements as flat NumPy arrays of about ``size`` bytes."""
-    import numpy as np
-
-    kind, item = tensor.dtype.to_numpy(), tensor.dtype.itemsize
-    rest = b""
-    for piece in tensor.chunks(max(item, size // item * item)):
-        whole = rest + bytes(piece) if rest else piece
-        end = len(whole) // item * item
-        rest = bytes(whole[end:])
-        yield np.frombuffer(whole[:end] if rest else whole, dtype=kind)
 
 
 def _convert(array: Any, target: DType, on_overflow: OnOverflow) -> Any:
@@ -195,7 +183,7 @@ def _count_special(tensor: Tensor, target: DType, done: progress.Advance) -> tup
     nan = infinite = overflow = 0
     limit = _LARGEST[target.name]
     with np.errstate(invalid="ignore"):  # a signalling NaN is counted, and no reason for NumPy to speak up
-        for array in _arrays(tensor, _CHUNK):
+        for (array,) in arrays_of((tensor,), _CHUNK):
             done(array.nbytes)
             if not array.size or _is_tame(array, limit):
                 continue

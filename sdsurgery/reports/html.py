@@ -19,9 +19,9 @@ from .. import __version__
 from ..inspection.diffing import Changed, Diff
 from ..inspection.explaining import Explanation
 from ..inspection.findings import FailOn, Finding, Verification, exit_code
-from ..inspection.regions import KINDS, OTHER, Block, Kind, Region, regions
 from ..inspection.rules import RULES
 from ..models.configs import NETWORKS
+from ..models.regions import KINDS, OTHER, Block, Kind, Region, regions
 from .terminal import counted, human_bytes, printable
 
 if TYPE_CHECKING:

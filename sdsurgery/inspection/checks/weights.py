@@ -12,9 +12,9 @@ from ...models.components import MARKERS
 from ...models.known import latent_space
 from ...models.leftovers import is_other_part, training_groups
 from ...models.position_ids import values as elements
+from ...values import Values, readable
 from ..findings import Finding, Mend
 from ..known_components import published_vae, publisher, rules
-from ..values import Values, readable
 from .noise import faults
 from .subject import Subject
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Tensor
-from .comparing import arrays_of
+from .arrays import arrays_of
+from .checkpoint import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
