@@ -63,6 +63,7 @@ MENDED = {
     "merged.ckpt": ("fractional", {"replaced": 1}),
 }
 SOUND = {
+    "miniature.safetensors": "ok",
     "sd1-ids-ok.safetensors": "ok",
     "sd1-full-ema.ckpt": "ok",
     "sd1-legacy.ckpt": "ok",
@@ -623,6 +624,6 @@ def test_from_the_shell(name: str, tmp_path: Path) -> None:
 
 
 def test_every_fixture_of_a_model_is_tried() -> None:
-    tried = {*MENDED, *SOUND, "vae-partial.safetensors", "vae-sdxl.safetensors"}
+    tried = {*MENDED, *SOUND, "vae-partial.safetensors", "vae-sdxl.safetensors", "washed-out.vae.safetensors"}
     there = {path.name for path in FIXTURES.iterdir() if path.suffix in {".safetensors", ".ckpt", ".pt"}}
     assert there - tried == {"hostile-legacy.ckpt", "hostile-zip.ckpt"}

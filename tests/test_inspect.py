@@ -51,6 +51,8 @@ EXPECTED: dict[str, tuple[str, str, str, dict[str, int], str]] = {
         "safetensors", "ldm", "sdxl", {"text_encoder": CLIP, "text_encoder_2": 390, "unet": 1680, "vae": VAE},
         "fractional",
     ),
+    "miniature.safetensors": ("safetensors", "ldm", "sd1", {"text_encoder": CLIP, "unet": UNET, "vae": VAE}, "ok"),
+    "washed-out.vae.safetensors": ("safetensors", "ldm", "unknown", {"vae": VAE}, "not-applicable"),
     "vae-partial.safetensors": ("safetensors", "ldm", "unknown", {"vae": 222}, "not-applicable"),
     "vae-sdxl.safetensors": ("safetensors", "ldm", "unknown", {"vae": VAE}, "not-applicable"),
     "vae.safetensors": ("safetensors", "ldm", "unknown", {"vae": VAE}, "not-applicable"),
@@ -105,7 +107,8 @@ def test_fixtures(name: str) -> None:
         assert sum(report["dtypes"].values()) == report["tensors"]
     assert dtypes == Counter(dtype for dtype, _, _ in tensors.values())
     assert found["metadata"] == (metadata(path) if container == "safetensors" else {})
-    assert found["history"] == []
+    trained = name.startswith(("miniature", "washed-out"))
+    assert [step["operation"] for step in found["history"]] == (["convert", "cast"] if trained else [])
     assert all(report["complete"] for part, report in found["components"].items()) == (
         name != "vae-partial.safetensors"
     )

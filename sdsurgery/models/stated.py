@@ -285,10 +285,9 @@ def _content(path: Path) -> bytes:
 def recorded(checkpoint: Checkpoint) -> Stated:
     """What the record in the metadata tells: of the last conversion, and of components that were replaced since."""
     found = Stated()
-    for step in [*history.recorded(checkpoint.metadata), *map(history.describe, checkpoint.steps)]:
-        if not step.get("changes"):
-            continue
-        if step.get("operation") == "convert":
+    done = (history.describe(step) for step in checkpoint.steps if step.changes)
+    for step in [*history.recorded(checkpoint.metadata), *done]:
+        if step.get("operation") == "convert" and step.get("changes"):
             found = Stated()
         gone = _replaced(step)
         found = replace(found, configs={name: said for name, said in found.configs.items() if name != gone})
