@@ -109,7 +109,7 @@ def draw(component: str, document: Mapping[str, Any], tensors: Mapping[str, Tens
             )
     compute = style.compute or _commonest(tensors)
     for folder, drawer in _drawers(component, document, style):
-        inner = F32 if folder == "vae_decoder" and _overflows(style, compute) else _computed(folder, style, compute)
+        inner = F32 if component == "vae" and _overflows(style, compute) else _computed(folder, style, compute)
         kind = FusedDrawing if style.fused else Drawing
         drawing = kind(folder, tensors, compute=inner, opset=_opset(folder, style))
         try:
@@ -127,7 +127,11 @@ def draw(component: str, document: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 def _overflows(style: Style, compute: DType) -> bool:
-    """SDXL's VAE decoder overflows in fp16; nothing in the weights tells the repaired one."""
+    """SDXL's VAE overflows in fp16; nothing in the weights tells the repaired one.
+
+    Both of its graphs compute in fp32 then: of two that differ, optimum-onnx takes either's type for that of the VAE,
+    by chance, and fails on fp16.
+    """
     return style.compute is None and style.family.startswith("sdxl") and compute.name == "F16"
 
 

@@ -246,7 +246,7 @@ def _said_of_graphs(graphs: Graphs) -> Iterator[str]:
     if graphs.style.fused:
         yield "the graphs have operators of ONNX Runtime's own: nothing else runs them"
     if graphs.style.family.startswith("sdxl") and graphs.style.compute is None:
-        yield "the VAE's decoder computes in fp32, because SDXL's overflows in fp16: --compute says otherwise"
+        yield "the VAE computes in fp32, because SDXL's overflows in fp16: --compute says otherwise"
 
 
 def _without_graphs(checkpoint: Checkpoint) -> Checkpoint:
