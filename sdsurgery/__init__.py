@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 from .checkpoint import Change, Checkpoint, Note, Step, Tensor
 from .containers import Saved, open, save  # noqa: A004 - sd.open is the verb
 from .errors import SurgeryError
-from .operations import Cast, Convert, Extract, FixClip, MergeVae, Metadata, Prune, Replace, sidecar_of
+from .operations import Cast, Convert, Extract, FixClip, Merge, MergeVae, Metadata, Prune, Replace, sidecar_of
 
 __all__ = [
     "Cast",
@@ -18,6 +18,7 @@ __all__ = [
     "Convert",
     "Extract",
     "FixClip",
+    "Merge",
     "MergeVae",
     "Metadata",
     "Note",

@@ -6,6 +6,7 @@ only a piece that holds something special is looked at again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,3 +143,22 @@ def _count(array: Array) -> tuple[int, int, int, int]:
     with np.errstate(over="ignore", invalid="ignore"):
         wide = array if array.dtype.kind == "c" else array.astype(np.float32)
     return int(np.count_nonzero(np.isnan(wide))), int(np.count_nonzero(np.isinf(wide))), 0, 0
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude of a float tensor's elements; NaN if one of them is NaN."""
+    import numpy as np
+
+    bits = _LAYOUTS.get(tensor.dtype.name)
+    most = 0.0
+    with np.errstate(invalid="ignore"):
+        for (array,) in arrays_of((tensor,)):
+            if bits:
+                unsigned = array.view(bits.kind)
+                magnitude = float(np.bitwise_and(unsigned, unsigned.dtype.type(bits.mask)).max().view(array.dtype))
+            else:
+                magnitude = float(np.abs(array.astype(np.float32)).max())
+            if math.isnan(magnitude):
+                return math.nan
+            most = max(most, magnitude)
+    return most

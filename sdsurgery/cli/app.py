@@ -44,6 +44,7 @@ _PLACES = {
     "manifest": ("manifest", "manifest_command"),
     "verify": ("verify", "verify_command"),
     "fix-clip": ("fix_clip", "fix_clip_command"),
+    "merge": ("surgery", "surgery_command"),
     "merge-vae": ("surgery", "surgery_command"),
     "extract": ("surgery", "surgery_command"),
     "replace": ("surgery", "surgery_command"),

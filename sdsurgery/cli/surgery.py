@@ -67,7 +67,8 @@ def _decorator(declared: Declared) -> Callable[[Any], Any]:
     required = declared.field.default is MISSING
     kind, multiple = _click_type(declared.type)
     if param.positional:
-        return click.argument(name, type=kind, metavar=param.metavar)
+        count: dict[str, Any] = {"nargs": -1, "required": True} if multiple else {}
+        return click.argument(name, type=kind, metavar=param.metavar, **count)
     flag = param.flag or "--" + name.replace("_", "-")
     if declared.type is bool:
         return click.option(flag, name, is_flag=True, help=param.help)
@@ -86,7 +87,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
         literal = next((choice for choice in choices if get_origin(choice) is Literal), None)
         if literal:
             return click.Choice(get_args(literal)), False
-        return (int if choices == [int] else click.Path(path_type=Path)), False
+        number = next((kind for kind in (int, float, str) if choices == [kind]), None)
+        return number or click.Path(path_type=Path), False
     if get_origin(annotation) is tuple:
         return _click_type(get_args(annotation)[0])[0], True
     if get_origin(annotation) is Literal:

@@ -5,11 +5,13 @@ from .cast import Cast
 from .convert import Convert, sidecar_of
 from .fix_clip import FixClip
 from .grafts import Extract, MergeVae, Replace
+from .merge import Merge
 from .metadata import Metadata
 from .prune import Prune
 
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.name: operation for operation in (FixClip, MergeVae, Extract, Replace, Prune, Cast, Metadata, Convert)
+    operation.name: operation
+    for operation in (FixClip, MergeVae, Merge, Extract, Replace, Prune, Cast, Metadata, Convert)
 }
 """Every operation by the name that the command line and the records use."""
 
@@ -19,6 +21,7 @@ __all__ = [
     "Convert",
     "Extract",
     "FixClip",
+    "Merge",
     "MergeVae",
     "Metadata",
     "Operation",

@@ -64,7 +64,8 @@ class Operation(ABC):
             name, value = declared.field.name, getattr(self, declared.field.name)
             kind = declared.type
             if get_origin(kind) is tuple:
-                kind, value = get_args(kind)[0], (value,) if isinstance(value, str) else tuple(value)
+                single = isinstance(value, str | os.PathLike | Checkpoint)
+                kind, value = get_args(kind)[0], (value,) if single else tuple(value)
                 object.__setattr__(self, name, value)
             choices = [choice for option in (kind, *get_args(kind)) for choice in _choices(option)]
             for given in value if isinstance(value, tuple) else (value,):
@@ -100,7 +101,7 @@ class Operation(ABC):
             if value is declared.field.default or value == declared.field.default:
                 continue
             flag = (declared.param.flag or declared.field.name).lstrip("-").replace("-", "_")
-            recorded[flag] = _recorded(value)
+            recorded[flag] = _recorded(value, files=_names_files(declared.type))
         return recorded
 
 
@@ -108,12 +109,18 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def _recorded(value: Any) -> Any:
+def _names_files(annotation: Any) -> bool:
+    """Whether values of a type may be names of files."""
+    origin = get_origin(annotation) or annotation
+    return origin in {os.PathLike, Path} or any(map(_names_files, get_args(annotation)))
+
+
+def _recorded(value: Any, *, files: bool) -> Any:
     if isinstance(value, Checkpoint):
         return value.path.name if value.path else "in memory"
-    if isinstance(value, str | os.PathLike):
+    if files and isinstance(value, str | os.PathLike):
         return PureWindowsPath(value).name  # which knows the separators of every system
-    return list(value) if isinstance(value, tuple) else value
+    return [_recorded(each, files=files) for each in value] if isinstance(value, tuple) else value
 
 
 def opened(source: Source) -> Checkpoint:

@@ -21,7 +21,8 @@ ComponentName = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
 OnOverflow = Literal["refuse", "clip", "inf"]
 
 _CHUNK = 8 << 20
-_LARGEST = {"F16": 65504.0, "BF16": float.fromhex("0x1.fep127"), "F32": float.fromhex("0x1.fffffep127")}
+LARGEST = {"F16": 65504.0, "BF16": float.fromhex("0x1.fep127"), "F32": float.fromhex("0x1.fffffep127")}
+"""The largest finite number of the types that are cast to."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _convert(array: Any, target: DType, on_overflow: OnOverflow) -> Any:
         if on_overflow == "clip":
             overflowed = np.isinf(converted) & np.isfinite(array)
             if overflowed.any():
-                largest = np.array(_LARGEST[target.name], dtype=kind)
+                largest = np.array(LARGEST[target.name], dtype=kind)
                 converted[overflowed] = np.where(array[overflowed] > 0, largest, -largest)
     return converted.view("V2") if target.name == "BF16" else converted
 
@@ -181,7 +182,7 @@ def _count_special(tensor: Tensor, target: DType, done: progress.Advance) -> tup
     import numpy as np
 
     nan = infinite = overflow = 0
-    limit = _LARGEST[target.name]
+    limit = LARGEST[target.name]
     with np.errstate(invalid="ignore"):  # a signalling NaN is counted, and no reason for NumPy to speak up
         for (array,) in arrays_of((tensor,), _CHUNK):
             done(array.nbytes)

@@ -48,24 +48,17 @@ class FixClip(Operation):
         model = identify(checkpoint)
         diagnosis = diagnose(checkpoint, model)
         renames, drops = _key_repairs(checkpoint, model)
-        ids = self._right_ids(model, diagnosis)
+        ids = _right_ids(model, diagnosis, self.target)
         if ids is None and diagnosis.key in checkpoint:
             drops[str(diagnosis.key)] = "position ids, which the target holds none of"
         tensors, changes = _apply(checkpoint, renames, drops)
-        if ids is not None:
-            changes += _set_ids(tensors, checkpoint, model, diagnosis, ids)
+        if ids is not None and model.clip is not None:
+            key = (model.clip.prefix + POSITION_IDS).removeprefix(model.wrapper)
+            changes += _set_ids(tensors, checkpoint, diagnosis, key, ids)
         notes = (_diagnosis_note(model, diagnosis), *self._compare(checkpoint, model))
         inputs = input_record(opened(self.reference)) if self.reference else ()
         step = Step(self.name, self.parameters(), tuple(changes), notes, inputs)
         return checkpoint.evolve(tensors, step)
-
-    def _right_ids(self, model: Model, diagnosis: Diagnosis) -> Tensor | None:
-        """The ids that the target wants, or ``None`` where it wants them absent."""
-        target = self.target or ("diffusers" if model.layout == "diffusers" else "ldm")
-        absent = diagnosis.key is None or diagnosis.status == "missing"
-        if model.clip is None or target == "diffusers" or (target == "comfyui" and absent):
-            return None
-        return right_ids(positions(model))
 
     def _compare(self, checkpoint: Checkpoint, model: Model) -> list[Note]:
         if model.clip is None:
@@ -81,6 +74,33 @@ class FixClip(Operation):
                 remedy="name an SD1.5 checkpoint with --reference",
             )
         return _against_reference(checkpoint, model.clip, other, other_clip)
+
+
+def put_right_ids(tensors: dict[str, Tensor], checkpoint: Checkpoint, model: Model) -> list[Change]:
+    """Put the ids that the layout wants into a copy of a checkpoint's tensors, under the keys that it has.
+
+    Args:
+        tensors: The copy.
+        checkpoint: The checkpoint.
+        model: What it is.
+    """
+    diagnosis = diagnose(checkpoint, model)
+    ids = _right_ids(model, diagnosis, None)
+    if ids is None and diagnosis.key in tensors:
+        old = tensors.pop(diagnosis.key)
+        return [Change(diagnosis.key, "dropped", f"{old}: position ids, which the layout holds none of")]
+    if ids is None or model.clip is None:
+        return []
+    return _set_ids(tensors, checkpoint, diagnosis, model.clip.prefix + POSITION_IDS, ids)
+
+
+def _right_ids(model: Model, diagnosis: Diagnosis, target: Target | None) -> Tensor | None:
+    """The ids that a target wants, or ``None`` where it wants them absent."""
+    target = target or ("diffusers" if model.layout == "diffusers" else "ldm")
+    absent = diagnosis.key is None or diagnosis.status == "missing"
+    if model.clip is None or target == "diffusers" or (target == "comfyui" and absent):
+        return None
+    return right_ids(positions(model))
 
 
 def _key_repairs(checkpoint: Checkpoint, model: Model) -> tuple[dict[str, str], dict[str, str]]:
@@ -127,11 +147,9 @@ def _apply(
 
 
 def _set_ids(
-    tensors: dict[str, Tensor], checkpoint: Checkpoint, model: Model, diagnosis: Diagnosis, ids: Tensor
+    tensors: dict[str, Tensor], checkpoint: Checkpoint, diagnosis: Diagnosis, key: str, ids: Tensor
 ) -> list[Change]:
     """Put the right ids at their right place, unless they are there."""
-    assert model.clip is not None  # noqa: S101 - for the type checker: without one there are no ids to set
-    key = (model.clip.prefix + POSITION_IDS).removeprefix(model.wrapper)
     old = checkpoint.get(diagnosis.key or "")
     if old is not None and diagnosis.status in {"ok", "unexpected"}:
         return []

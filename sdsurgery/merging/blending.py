@@ -1,0 +1,105 @@
+"""One tensor computed from the tensors of several models, piece by piece, when its bytes are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..arrays import pieces
+from ..checkpoint import Tensor
+from ..dtypes import DType
+from ..sources import Buffer, Computed, joined, part_of
+from .methods import Formula
+
+ComputeType = Literal["fp32", "fp64"]
+Device = Literal["cpu", "cuda"]
+
+_ELEMENTS = 1 << 19
+"""Of a piece of each tensor: two megabytes in fp32, which a core's cache holds."""
+
+_COMPUTE_TYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What computes.
+
+    Attributes:
+        compute: The type that is computed in; results are rounded to their own type once.
+        device: Where.
+    """
+
+    compute: ComputeType = "fp32"
+    device: Device = "cpu"
+
+    def in_step(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+        """The elements of tensors of one size in the type that is computed in, as many of each at a time."""
+        kinds = [_torch_type(tensor.dtype) for tensor in tensors]
+        streams = [pieces(tensor.data, _ELEMENTS * tensor.dtype.itemsize) for tensor in tensors]
+        for found in zip(*streams, strict=True):
+            yield [self._given(piece, kind) for piece, kind in zip(found, kinds, strict=True)]
+
+    def _given(self, piece: bytes | bytearray, kind: torch.dtype) -> torch.Tensor:
+        whole = piece if isinstance(piece, bytearray) else bytearray(piece)
+        return torch.frombuffer(whole, dtype=kind).to(self.device, _COMPUTE_TYPES[self.compute])
+
+
+def _torch_type(dtype: DType) -> torch.dtype:
+    kind = getattr(torch, dtype.torch or "", None)
+    assert isinstance(kind, torch.dtype), dtype  # noqa: S101 - what can't be computed with was refused before
+    return kind
+
+
+def blended(
+    tensors: Sequence[Tensor], target: DType, formula: Formula, engine: Engine, *, channels: int | None = None
+) -> Tensor:
+    """A tensor computed from others.
+
+    Args:
+        tensors: One of each model, all of as many elements; what they hold is read anew each time.
+        target: The type of the result, rounded to once, to nearest.
+        formula: How it is computed.
+        engine: What computes.
+        channels: Of convolutions, ``[outputs, inputs, height, width]``, the number of input channels that are computed;
+            the first tensor keeps its further ones. So merge tools treat models with more inputs than others, such as
+            inpainting's with mask and masked picture.
+    """
+    kind, whole = _torch_type(target), tensors[0]
+    given = first_inputs(tensors, channels)
+
+    def produce(_size: int) -> Iterator[Buffer]:
+        compute = formula.over(lambda: engine.in_step(given))
+        start = 0
+        for values in engine.in_step(given):
+            result = compute(start, values)
+            start += len(result)
+            yield memoryview(result.to("cpu", kind).view(torch.uint8).numpy())
+
+    files = tuple(dict.fromkeys(file for tensor in tensors for file in tensor.data.files))
+    made = Tensor(target, given[0].shape, Computed(target.nbytes(given[0].shape), produce, files))
+    if channels is None:
+        return made
+
+    def widened(_size: int) -> Iterator[Buffer]:
+        merged = made.torch()
+        kept = whole.torch()[:, channels:].to(merged.dtype)
+        yield memoryview(torch.cat([merged, kept], 1).contiguous().flatten().view(torch.uint8).numpy())
+
+    return Tensor(target, whole.shape, Computed(target.nbytes(whole.shape), widened, files))
+
+
+def first_inputs(tensors: Sequence[Tensor], channels: int | None) -> list[Tensor]:
+    """Convolutions' weights of their first input channels; all there is where ``channels`` is ``None``."""
+    if channels is None:
+        return list(tensors)
+    return [tensor if tensor.shape[1] == channels else _cut(tensor, channels) for tensor in tensors]
+
+
+def _cut(tensor: Tensor, channels: int) -> Tensor:
+    outputs, inputs, *size = tensor.shape
+    row = tensor.nbytes // outputs
+    parts = joined(part_of(tensor.data, place * row, row // inputs * channels) for place in range(outputs))
+    return Tensor(tensor.dtype, (outputs, channels, *size), parts)

@@ -1,0 +1,339 @@
+"""The formulas of merging, each over one tensor of every model.
+
+A formula is given the tensors in pieces, as torch tensors of the type that is computed in. What it must know of the
+whole tensors (an angle, a threshold) it reads before the first piece is computed. Products and sums are separate torch
+operations, for a fused multiply-add rounds differently from machine to machine; what is summed over a tensor is summed
+by NumPy in float64, in pieces of one size, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pieces = Callable[[], Iterator[Sequence["Tensor"]]]
+"""Reads the tensors from their beginning: in each piece as many elements of every tensor, flat."""
+
+Compute = Callable[[int, Sequence["Tensor"]], "Tensor"]
+"""Computes a piece of the result: from the number of its first element, and that piece of every tensor."""
+
+
+class Formula(Protocol):
+    """How one tensor of several models is computed."""
+
+    def over(self, pieces: Pieces, /) -> Compute:
+        """Get to know the whole tensors, as far as need be."""
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """What no element of the result exceeds, where ``largest`` are the largest magnitudes in the tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``sum(w[i] * x[i])``: the weighted sum, with ``(1 - alpha, alpha)`` for two models.
+
+    That is what A1111's checkpoint merger computes as its weighted sum, and mergekit's ``linear`` with weights that
+    add up to one.
+    """
+
+    weights: tuple[float, ...]
+
+    def over(self, _pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+
+        def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
+            total = values[0] * self.weights[0]
+            for value, weight in zip(values[1:], self.weights[1:], strict=True):
+                total += value * weight
+            return total
+
+        return compute
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        return math.fsum(abs(weight) * most for weight, most in zip(self.weights, largest, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class AddDifference:
+    """``a + alpha * (b - c)``: what was learned from C to B, put on A; A1111's add difference."""
+
+    alpha: float
+
+    def over(self, _pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+
+        def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
+            a, b, c = values
+            return a + (b - c) * self.alpha
+
+        return compute
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        a, b, c = largest
+        return a + abs(self.alpha) * (b + c)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainDifference:
+    """``a + 1.8 alpha * (b - c) * |b - a| / (|b - c| + |b - a|)``, and ``a`` where both are zero.
+
+    supermerger's trainDifference: what was learned from C to B counts the more the further A is from B.
+    """
+
+    alpha: float
+
+    def over(self, _pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+        import torch
+
+        def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
+            a, b, c = values
+            learned, away = b - c, (b - a).abs()
+            both = learned.abs() + away
+            return a + torch.where(both != 0, away / both, 0.0) * learned * (1.8 * self.alpha)
+
+        return compute
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        a, b, c = largest
+        return a + 1.8 * abs(self.alpha) * (b + c)
+
+
+@dataclass(frozen=True, slots=True)
+class CosineAdaptive:
+    """``k * a + (1 - k) * b``, where k is the larger the more alike A and B are.
+
+    supermerger's cosineA. With c the mean of a column's cosine between A and B (a column being all that shares its
+    place behind the first axis) and of the mean of those cosines over the tensor, ``k = clip((c - low) / (high - low) -
+    alpha, 0, 1)``; ``low`` and ``high`` are the first and the 99th percentile of the columns' cosines in all that is
+    merged.
+
+    Attributes:
+        alpha: 0 keeps A where both are alike, 1 takes B everywhere.
+        low: See above.
+        high: See above.
+        columns: The cosine of each column.
+    """
+
+    alpha: float
+    low: float
+    high: float
+    columns: Any
+
+    def over(self, _pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+        import torch
+
+        alike = (self.columns + np.mean(self.columns)) / 2
+        spread = self.high - self.low
+        kept = np.clip((alike - self.low) / spread - abs(self.alpha) if spread else alike * 0 - self.alpha, 0, 1)
+        kept = torch.from_numpy(np.nan_to_num(kept).astype(np.float32))
+
+        def compute(start: int, values: Sequence[Tensor]) -> Tensor:
+            a, b = values
+            k = kept[(start + torch.arange(len(a))) % len(kept)].to(a)
+            return a * k + b * (1 - k)
+
+        return compute
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        return max(largest)
+
+
+def column_cosines(pieces: Pieces, columns: int) -> Any:
+    """The cosine between two tensors along their first axis, a number for each of its columns; 0 where one is zero."""
+    sums = np.zeros((3, columns))
+    start = 0
+    for a, b in map(_in_float64, pieces()):
+        place = (start + np.arange(len(a))) % columns
+        for row, product in enumerate((a * b, a * a, b * b)):
+            sums[row] += np.bincount(place, product, columns)
+        start += len(a)
+    dot, ours, theirs = sums
+    norm = np.sqrt(ours * theirs)
+    return np.divide(dot, norm, out=np.zeros(columns), where=norm > 0)
+
+
+def usual_range(cosines: Sequence[Any]) -> tuple[float, float]:
+    """The first and, of those from there on, the 99th percentile: what supermerger takes for the range."""
+    pool = np.concatenate([np.ravel(each) for each in cosines])
+    pool = pool[np.isfinite(pool)]
+    for percent, keeps in ((1, np.greater_equal), (99, np.less_equal)):
+        pool = pool[keeps(pool, np.percentile(pool, percent, method="midpoint"))]
+    return float(pool.min()), float(pool.max())
+
+
+@dataclass(frozen=True, slots=True)
+class Slerp:
+    """``sin((1 - t) o) / sin(o) * a + sin(t o) / sin(o) * b``, where o is the angle between the flat tensors.
+
+    Spherical interpolation (Shoemake 1985, "Animating rotation with quaternion curves"). Where they are nearly
+    parallel, beyond a cosine of 0.9995 as in mergekit, or one of them is zero, it is the weighted sum.
+    """
+
+    t: float
+
+    def over(self, pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+        return Linear(self._coefficients(pieces)).over(pieces)
+
+    def _coefficients(self, pieces: Pieces) -> tuple[float, float]:
+        sums = [0.0, 0.0, 0.0]
+        for a, b in map(_in_float64, pieces()):
+            for place, (one, other) in enumerate(((a, b), (a, a), (b, b))):
+                sums[place] += float((one * other).sum())
+        dot, ours, theirs = sums
+        norm = math.sqrt(ours * theirs)
+        cosine = dot / norm if norm else 1.0
+        if not abs(cosine) <= _NEARLY_PARALLEL:
+            return 1 - self.t, self.t
+        angle = math.acos(cosine)
+        return math.sin((1 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        return sum(largest) / math.sqrt(1 - _NEARLY_PARALLEL**2) * max(1.0, abs(self.t), abs(1 - self.t))
+
+
+_NEARLY_PARALLEL = 0.9995
+
+
+def _in_float64(values: Sequence[Tensor]) -> list[Any]:
+    return [value.cpu().numpy().astype(np.float64) for value in values]
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """``a + scale * mean(d[i])`` over the differences d[i] = x[i] - a that are kept and have the elected sign.
+
+    TIES-Merging (Yadav et al. 2023, arXiv 2306.01708). Trim: of each difference only the share ``density`` of its
+    elements that are largest in magnitude is kept, others count as zero. Elect: an element's sign is that of the
+    weighted sum of what was kept. Merge: the weighted mean of those that have it. Trimmed tensor by tensor, as mergekit
+    does, and not over the whole model.
+    """
+
+    weights: tuple[float, ...]
+    density: float
+    scale: float
+
+    def over(self, pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+        import torch
+
+        thresholds = [_threshold(pieces, place, self.density) for place in range(1, len(self.weights) + 1)]
+
+        def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
+            base, *others = values
+            kept = []
+            for other, weight, threshold in zip(others, self.weights, thresholds, strict=True):
+                difference = other - base
+                trimmed = difference.abs().float() < threshold
+                kept.append((difference.masked_fill(trimmed, 0.0), weight))
+            elected = torch.sign(_sum([difference * weight for difference, weight in kept]))
+            total, shares = torch.zeros_like(base), torch.zeros_like(base)
+            for difference, weight in kept:
+                agrees = (torch.sign(difference) == elected) & (difference != 0)
+                total += torch.where(agrees, difference * weight, 0.0)
+                shares += torch.where(agrees, weight, 0.0)
+            return base + torch.where(shares != 0, total / shares, 0.0) * self.scale
+
+        return compute
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        base, *others = largest
+        return base + abs(self.scale) * (base + max(others))
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def _threshold(pieces: Pieces, place: int, density: float) -> float:
+    """The magnitude from which on the largest share of a difference's elements lies; more of them where some are equal.
+
+    Found in two readings by the bits of the magnitudes in float32, which order as they do: the upper 16 first.
+    """
+    upper = np.zeros(1 << 16, np.int64)
+    for bits in _magnitudes(pieces, place):
+        upper += np.bincount(bits >> 16, minlength=1 << 16)
+    kept = int(density * upper.sum())
+    if kept <= 0:
+        return math.inf
+    above = np.cumsum(upper[::-1])[::-1]
+    chosen = int(np.flatnonzero(above >= kept)[-1])
+    lower = np.zeros(1 << 16, np.int64)
+    for bits in _magnitudes(pieces, place):
+        lower += np.bincount(bits[bits >> 16 == chosen] & 0xFFFF, minlength=1 << 16)
+    wanted = kept - (int(above[chosen + 1]) if chosen + 1 < len(above) else 0)
+    least = int(np.flatnonzero(np.cumsum(lower[::-1])[::-1] >= wanted)[-1])
+    return float(np.array(chosen << 16 | least, np.uint32).view(np.float32))
+
+
+def _magnitudes(pieces: Pieces, place: int) -> Iterator[Any]:
+    for values in pieces():
+        difference = (values[place] - values[0]).cpu().numpy().astype(np.float32)
+        yield difference.view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Dare:
+    """``a + scale * sum(w[i] * m[i] * d[i] / density)``, where m[i] keeps a random share ``density`` of all elements.
+
+    Drop and rescale (Yu et al. 2023, arXiv 2311.03099), linear. What is dropped is told by the seed, the tensor's name
+    and the number of the model alone: not by the machine, nor by how the work is divided.
+    """
+
+    weights: tuple[float, ...]
+    density: float
+    scale: float
+    seed: int
+    name: str
+
+    def over(self, _pieces: Pieces, /) -> Compute:
+        """See :class:`Formula`."""
+        import torch
+
+        def compute(start: int, values: Sequence[Tensor]) -> Tensor:
+            base, *others = values
+            total = torch.zeros_like(base)
+            for place, (other, weight) in enumerate(zip(others, self.weights, strict=True)):
+                keeps = torch.from_numpy(self.keeps(place, start, len(base))).to(base.device)
+                total += torch.where(keeps, other - base, 0.0) * (weight / self.density)
+            return base + total * self.scale
+
+        return compute
+
+    def keeps(self, place: int, start: int, count: int) -> Any:
+        """Which elements of a model's difference are kept: random 32-bit numbers of Philox, four to a counter."""
+        key = hashlib.blake2b(f"{self.seed}/{place}/{self.name}".encode(), digest_size=16).digest()
+        first, skipped = divmod(start, _NUMBERS)
+        stream = np.random.Philox(key=int.from_bytes(key, "little"), counter=first)
+        raw = stream.random_raw(-(-(skipped + count) // 2)).view(np.uint32)
+        kept: Any = raw[skipped : skipped + count] < self.density * 2.0**32
+        return kept
+
+    def bound(self, largest: Sequence[float]) -> float:
+        """See :class:`Formula`."""
+        base, *others = largest
+        differences = math.fsum(abs(w) * (base + most) for w, most in zip(self.weights, others, strict=True))
+        return base + abs(self.scale) * differences / self.density
+
+
+_NUMBERS = 8
+"""32-bit numbers that one count of Philox gives: four of 64 bits."""
