@@ -14,9 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import CorruptError, UnreadableError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 CHUNK = 4 << 20
 """Bytes that a chunk holds unless the caller wants another size."""
@@ -400,13 +403,17 @@ def sweep(parts: Iterable[Data], size: int = CHUNK) -> Iterator[Buffer]:
                 yield view
 
 
-def ahead(pieces: Iterable[Buffer], depth: int = 2) -> Iterator[Buffer]:
-    """The same pieces, made by a second thread while the caller uses the ones before."""
-    from concurrent.futures import Future, ThreadPoolExecutor
+def ahead(pieces: Iterable[Buffer], worker: Executor, depth: int = 2) -> Iterator[Buffer]:
+    """The same pieces, made by a worker's thread while the caller uses the ones before.
 
+    Args:
+        pieces: What yields them.
+        worker: Of one thread. One for many tensors: libraries such as torch keep threads of their own for each that
+            calls them.
+        depth: How many pieces it may be ahead.
+    """
     source = iter(pieces)
-    with ThreadPoolExecutor(1) as worker:
-        waiting: deque[Future[Buffer | None]] = deque(worker.submit(next, source, None) for _ in range(depth))
-        while (piece := waiting.popleft().result()) is not None:
-            waiting.append(worker.submit(next, source, None))
-            yield piece
+    waiting: deque[Future[Buffer | None]] = deque(worker.submit(next, source, None) for _ in range(depth))
+    while (piece := waiting.popleft().result()) is not None:
+        waiting.append(worker.submit(next, source, None))
+        yield piece

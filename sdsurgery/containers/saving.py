@@ -118,8 +118,7 @@ def save(
         AtomicFile(target, replace=force or in_place, size=expected, advance=advance) as out,
     ):
         if container == safetensors.NAME:
-            for part in content:
-                out.append(part)
+            out.append(*content)
         else:
             torch_zip.write(checkpoint, index, out)
         for file in checkpoint.files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import shutil
 import stat
@@ -12,11 +13,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import CorruptError, NoSpaceError, OutputError, OutputExistsError
 from ..progress import Advance
 from ..sources import Buffer, Computed, Data, FileSlice, Joined, SourceFile, ahead
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 COPY_CHUNK = 64 << 20
 """Bytes that one call hands to the kernel: large enough to be fast, small enough for Ctrl-C and progress."""
@@ -45,9 +49,13 @@ class OutputFile:
         self._report = advance
         self._fd = -1
         self._written_back = 0
+        self._worker: Executor | None = None
         self.position = 0
 
     def _close(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+            self._worker = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -64,16 +72,29 @@ class OutputFile:
                     self._advance(count)
         return len(view)
 
-    def append(self, data: Data) -> None:
-        """Append a tensor's bytes: those that lie in a file are copied inside the kernel."""
-        if isinstance(data, FileSlice):
-            self._copy(data)
-        elif isinstance(data, Joined):
-            for part in data.parts:
-                self.append(part)
-        else:
-            for piece in ahead(data.chunks()) if isinstance(data, Computed) else data.chunks():
-                self.write(piece)
+    def append(self, *parts: Data) -> None:
+        """Append tensors' bytes: those that lie in files are copied inside the kernel."""
+        for computed, group in itertools.groupby(parts, lambda part: isinstance(part, Computed)):
+            if computed:
+                self._append_computed(list(group))
+                continue
+            for part in group:
+                if isinstance(part, FileSlice):
+                    self._copy(part)
+                elif isinstance(part, Joined):
+                    self.append(*part.parts)
+                else:
+                    for piece in part.chunks():
+                        self.write(piece)
+
+    def _append_computed(self, parts: Sequence[Data]) -> None:
+        """A second thread computes while this one writes, the next tensor, too: most are smaller than a piece."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._worker = self._worker or ThreadPoolExecutor(1)
+        pieces = itertools.chain.from_iterable(part.chunks() for part in parts)
+        for piece in ahead(pieces, self._worker):
+            self.write(piece)
 
     def stream(self) -> io.BufferedRandom:
         """A buffered file object over the same file, for libraries that want one; close it when done."""
@@ -311,8 +332,7 @@ class AtomicFolder:
                     if self._before and stat.S_ISREG((old := os.lstat(self.path / name)).st_mode):
                         _take_over_permissions(file.descriptor, old)
                 _reserve(file.descriptor, sum(part.nbytes for part in content))
-                for part in content:
-                    file.append(part)
+                file.append(*content)
             finally:
                 file.finish()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +18,10 @@ from .methods import Formula
 ComputeType = Literal["fp32", "fp64"]
 Device = Literal["cpu", "cuda"]
 
-_ELEMENTS = 1 << 19
-"""Of a piece of each tensor: two megabytes in fp32, which a core's cache holds."""
+_ELEMENTS = 1 << 17
+"""Of a piece of each tensor: half a megabyte in fp32, so that a core's cache holds what is computed of it."""
+_YIELDED = 1 << 20
+"""Elements of the result that are handed on at a time."""
 
 _COMPUTE_TYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -44,7 +47,7 @@ class Engine:
 
     def _given(self, piece: bytes | bytearray, kind: torch.dtype) -> torch.Tensor:
         whole = piece if isinstance(piece, bytearray) else bytearray(piece)
-        return torch.frombuffer(whole, dtype=kind).to(self.device, _COMPUTE_TYPES[self.compute])
+        return torch.frombuffer(whole, dtype=kind).to(self.device, _COMPUTE_TYPES[self.compute], copy=True)
 
 
 def _torch_type(dtype: DType) -> torch.dtype:
@@ -71,12 +74,18 @@ def blended(
     given = first_inputs(tensors, channels)
 
     def produce(_size: int) -> Iterator[Buffer]:
-        compute = formula.over(lambda: engine.in_step(given))
-        start = 0
-        for values in engine.in_step(given):
-            result = compute(start, values)
-            start += len(result)
-            yield memoryview(result.to("cpu", kind).view(torch.uint8).numpy())
+        with _one_thread():
+            compute = formula.over(lambda: engine.in_step(given))
+            start = filled = 0
+            room = torch.empty(0)
+            for values in engine.in_step(given):
+                room = room if filled else torch.empty(min(given[0].numel - start, _YIELDED), dtype=kind)
+                result = compute(start, values)
+                room[filled : filled + len(result)] = result
+                start, filled = start + len(result), filled + len(result)
+                if filled == len(room):
+                    yield memoryview(room.view(torch.uint8).numpy())
+                    filled = 0
 
     files = tuple(dict.fromkeys(file for tensor in tensors for file in tensor.data.files))
     made = Tensor(target, given[0].shape, Computed(target.nbytes(given[0].shape), produce, files))
@@ -89,6 +98,17 @@ def blended(
         yield memoryview(torch.cat([merged, kept], 1).contiguous().flatten().view(torch.uint8).numpy())
 
     return Tensor(target, whole.shape, Computed(target.nbytes(whole.shape), widened, files))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch use the calling thread alone: pieces are small, and another thread writes them meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def first_inputs(tensors: Sequence[Tensor], channels: int | None) -> list[Tensor]:

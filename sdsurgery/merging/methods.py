@@ -23,7 +23,8 @@ Pieces = Callable[[], Iterator[Sequence["Tensor"]]]
 """Reads the tensors from their beginning: in each piece as many elements of every tensor, flat."""
 
 Compute = Callable[[int, Sequence["Tensor"]], "Tensor"]
-"""Computes a piece of the result: from the number of its first element, and that piece of every tensor."""
+"""Computes a piece of the result: from the number of its first element, and that piece of every tensor, which it may
+overwrite."""
 
 
 class Formula(Protocol):
@@ -50,9 +51,9 @@ class Linear:
         """See :class:`Formula`."""
 
         def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
-            total = values[0] * self.weights[0]
+            total = values[0].mul_(self.weights[0])
             for value, weight in zip(values[1:], self.weights[1:], strict=True):
-                total += value * weight
+                total.add_(value.mul_(weight))
             return total
 
         return compute
@@ -73,7 +74,7 @@ class AddDifference:
 
         def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
             a, b, c = values
-            return a + (b - c) * self.alpha
+            return a.add_(b.sub_(c).mul_(self.alpha))
 
         return compute
 
