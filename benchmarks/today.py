@@ -23,6 +23,18 @@ def fix(source: str, target: str) -> None:
     save_file(state, target, metadata={"format": "pt"})
 
 
+def merge(one: str, other: str, target: str) -> None:
+    """A weighted sum of all that both have but the VAE and integers: everything loaded, computed in fp32, saved."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    ours, theirs = load_file(one), load_file(other)
+    for key, value in ours.items():
+        if value.is_floating_point() and not key.startswith("first_stage_model."):
+            ours[key] = torch.lerp(value.float(), theirs[key].float(), 0.3).to(value.dtype)
+    save_file(ours, target, metadata={"format": "pt"})
+
+
 def to_folder(source: str, config: str, target: str) -> None:
     """diffusers' own way from a single file to a folder, with a local config."""
     import torch
@@ -208,6 +220,6 @@ def hashes(path: str) -> None:
 if __name__ == "__main__":
     scripts = {
         "fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file, "diff": diff, "digests": digests,
-        "export-unet": export_unet, "export-pipeline": export_pipeline,
+        "merge": merge, "export-unet": export_unet, "export-pipeline": export_pipeline,
     }  # fmt: skip
     scripts[sys.argv[1]](*sys.argv[2:])

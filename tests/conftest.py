@@ -32,6 +32,9 @@ from sdsurgery.sources import Computed
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: torch with more threads each is slower by far
+
 os.environ["SDSURGERY_REGISTRY"] = os.devnull + "/none"  # nobody's own registry takes part
 
 hypothesis.settings.register_profile("sdsurgery", deadline=None, print_blob=True)

@@ -30,6 +30,7 @@ OK, MERGED, VAE = FIXTURES / "sd1-ids-ok.safetensors", FIXTURES / "merged.ckpt",
 COMMANDS = (
     "inspect",
     "fix-clip",
+    "merge",
     "merge-vae",
     "extract",
     "replace",

@@ -526,10 +526,10 @@ def test_a_failing_save_leaves_neither_file_nor_yaml(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full(saving.AtomicFile):
-        def append(self, data: Any) -> None:
+        def append(self, *parts: Any) -> None:
             if self.path.suffix != ".yaml":
                 raise NoSpaceError("the disk is full")
-            super().append(data)
+            super().append(*parts)
 
     folder = folders("sd2")
     monkeypatch.setattr(saving, "AtomicFile", Full)

@@ -184,7 +184,7 @@ def test_slerp_of_what_has_no_angle_is_the_sum(b: float) -> None:
     a = torch.linspace(-1, 1, 64)
     one, other = a, a * b
     compute = methods.Slerp(0.25).over(lambda: iter([(one, other)]))
-    assert torch.allclose(compute(0, (one, other)), 0.75 * one + 0.25 * other)
+    assert torch.allclose(compute(0, (one.clone(), other.clone())), 0.75 * one + 0.25 * other)
 
 
 # ---------------------------------------------------------------- DARE's chance
@@ -453,6 +453,7 @@ def test_presets_are_the_published_ones() -> None:
     ("words", "said"),
     [
         (("--at", "IN4=0.5"), "IN04"), (("--at", "IN04"), "WHERE=NUMBER"), (("--at", "IN04=much"), "no number"),
+        (("--at", "IN04=nan"), "no number"),
         (("--blocks", "GRADV"), "GRAD_V"), (("--blocks", "1,2,3"), "25 blocks"), (("--seed", "1"), "no seed"),
         (("--method", "add-difference"), "two further models"), (("--method", "linear", "--alpha", "1"), "no alpha"),
         (("--method", "linear", "--weight", "1"), "2 models"), (("--method", "ties", "--density", "0"), "no density"),

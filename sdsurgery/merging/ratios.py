@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,9 +133,12 @@ def _rule(text: str) -> tuple[str, float]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
-    except ValueError as error:
-        raise UsageError(f"{text.strip()!r} is no number", remedy="write it as 0.25") from error
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{text.strip()!r} is no number", remedy="write it as 0.25")
+    return number
 
 
 def _numbers(text: str, blocks: Sequence[str]) -> list[float]:
