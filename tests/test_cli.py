@@ -82,6 +82,9 @@ OPTIONS = {
     "parity": {"--prompt", "--prompts", "--negative", "--seed", "--steps", "--guidance", "--size", "--scheduler"}
     | {"--device", "--dtype", "--reference", "--tolerance", "--locate", "-o", "--output", "--force"}
     | {"--json", "--quiet", "-q", "--debug", "--help", "-h"},
+    "merge": WRITING
+    | {"--method", "--alpha", "--at", "--blocks", "--weight", "--density", "--seed", "--vae", "--dtype"}
+    | {"--compute-dtype", "--device"},
     "pipe": WRITING,
 }
 
@@ -218,7 +221,7 @@ def test_an_unreadable_input_is_3(command: str, what: str, tmp_path: Path) -> No
     words: list[Any] = {
         "merge-vae": [VAE], "extract": ["--component", "vae"], "cast": ["fp16"], "pipe": ["--dry-run", "fix-clip"],
         "replace": ["--component", "vae", "--from", VAE], "convert": [tmp_path / "out"],
-        "diff": [OK],
+        "diff": [OK], "merge": [OK],
     }.get(command, [])  # fmt: skip
     told = cli(command, path, *words)
     assert (told.code, told.out) == (3, "")
