@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +167,30 @@ def test_diff_finds_the_weight_that_a_sum_was_made_with(models: list[Path], tmp_
     assert "0.35" in told
 
 
-@given(st.integers(1, 400), st.floats(0.01, 1.0), st.integers(0, 2**32), st.booleans())
-def test_the_threshold_keeps_the_largest(count: int, density: float, seed: int, even: bool) -> None:
+@given(st.integers(1, 400), st.integers(1, 3), st.floats(0.01, 1.0), st.integers(0, 2**32), st.booleans())
+def test_the_thresholds_keep_the_largest(count: int, models: int, density: float, seed: int, even: bool) -> None:
     random = np.random.default_rng(seed)
-    base, other = random.standard_normal((2, count)).astype(np.float32)
+    base, *others = random.standard_normal((1 + models, count)).astype(np.float32)
     if even:  # with many that are the same
-        base, other = np.round(base), np.round(other)
+        base, *others = map(np.round, (base, *others))
     kept = int(density * count)
-    threshold = methods._threshold(lambda: iter([(torch.from_numpy(base), torch.from_numpy(other))]), 1, density)
-    magnitudes = np.sort(np.abs(other - base))[::-1]
-    assert threshold == (math.inf if kept == 0 else magnitudes[kept - 1])
+    found = methods._thresholds(lambda: iter([[torch.from_numpy(each) for each in (base, *others)]]), density)
+    for threshold, other in zip(found, others, strict=True):
+        magnitudes = np.sort(np.abs(other - base))[::-1]
+        assert threshold == (math.inf if kept == 0 else magnitudes[kept - 1])
+
+
+def test_thresholds_are_read_off_in_two_readings() -> None:
+    """However many models there are."""
+    readings = []
+    tensors = [torch.randn(100) for _ in range(6)]
+
+    def pieces() -> Iterator[list[torch.Tensor]]:
+        readings.append(1)
+        yield tensors
+
+    assert len(methods._thresholds(pieces, 0.5)) == 5
+    assert len(readings) == 2
 
 
 @pytest.mark.parametrize("b", [2.0, -1.0, 0.0])
@@ -454,7 +468,8 @@ def test_presets_are_the_published_ones() -> None:
     [
         (("--at", "IN4=0.5"), "IN04"), (("--at", "IN04"), "WHERE=NUMBER"), (("--at", "IN04=much"), "no number"),
         (("--at", "IN04=nan"), "no number"),
-        (("--blocks", "GRADV"), "GRAD_V"), (("--blocks", "1,2,3"), "25 blocks"), (("--seed", "1"), "no seed"),
+        (("--blocks", "GRADV"), "GRAD_V"), (("--blocks", "1,2,3"), "25 blocks"), (("--blocks", "1,,3"), "no number"),
+        (("--seed", "1"), "no seed"),
         (("--method", "add-difference"), "two further models"), (("--method", "linear", "--alpha", "1"), "no alpha"),
         (("--method", "linear", "--weight", "1"), "2 models"), (("--method", "ties", "--density", "0"), "no density"),
         (("--method", "linear", "--weight", "1", "--weight", "-1"), "add up to nothing"), (("--alpha", "nan"), "NaN"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from ..checkpoint import Tensor
 from ..errors import UnsupportedError
 from ..sources import transposed
+from ..wording import listed
 from .onnx import STYLE, Graph, Node
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -229,8 +230,8 @@ class _Names:
         if held or missing:
             kinds = ", ".join(f"{count} {op}" for op, count in Counter(node.op for node in fused).most_common())
             parts = [f"it was fused or quantized for a runtime ({kinds}), and isn't taken apart"]
-            parts += [f"not found: {_listed(missing)}"] if missing else []
-            parts += [f"held by such nodes: {_listed(held)}"] if held else []
+            parts += [f"not found: {listed((name[:200] for name in missing), _SHOWN)}"] if missing else []
+            parts += [f"held by such nodes: {listed((name[:200] for name in held), _SHOWN)}"] if held else []
             raise self._unsupported("; ".join(parts))
 
     def _held(self, node: Node) -> Iterator[str]:
@@ -254,11 +255,6 @@ class _Names:
             file=self._graph.file.path,
             remedy="fetch the safetensors files, or the graph as it was before it was optimized",
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name[:200] for name in names[:_SHOWN]) + more
 
 
 def _shaped(node: Node, tensor: Tensor, kind: str, *, turned: bool) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from ..models.components import POSITION_IDS, Component
 from ..models.configs import TEXT_ENCODERS
 from ..models.conversion import in_layout
 from ..models.identify import Model, identify
+from ..wording import listed
 from .ratios import Place, places
 
 MERGED = (*TEXT_ENCODERS, "unet")
@@ -71,6 +71,10 @@ class Matching:
             UnsupportedError: If elements can't be computed with.
         """
         models = [identify(other) for other in self.others]
+        for other, model in zip(self.others, models, strict=True):
+            if len({self.model.base_family, model.base_family} - {"unknown"}) > 1:
+                message = f"it is {model.family}, and the first model is {self.model.family}"
+                raise MismatchError(message, file=other.path, remedy="name models of one family")
         found = [job for name in MERGED for job in self._of_component(name, models)]
         if not found:
             there = ", ".join(self.model.components) or "nothing that is known"
@@ -115,12 +119,12 @@ class Matching:
     def _tell_of_the_rest(self, ours: Component, theirs: Sequence[Mapping[str, Tensor]], stays: Sequence[str]) -> None:
         if stays:
             message = f"{len(stays)} tensors of the {ours.name} that not all models have stay the first one's"
-            self.notes.append(Note(f"{message}: {_some(stays)}", "warning"))
+            self.notes.append(Note(f"{message}: {listed(stays, _SHOWN)}", "warning"))
         for other, found in zip(self.others, theirs, strict=True):
             more = [weight for weight in found if weight not in ours.keys and weight != POSITION_IDS]
             if more:
                 message = f"{len(more)} tensors of the {ours.name} that only {called(other)} has are left out"
-                self.notes.append(Note(f"{message}: {_some(more)}", "warning"))
+                self.notes.append(Note(f"{message}: {listed(more, _SHOWN)}", "warning"))
 
     def _job(self, place: Place, tensors: tuple[Tensor, ...]) -> Job:
         first = tensors[0]
@@ -139,9 +143,9 @@ class Matching:
 
 
 def _same_matrix(first: Tensor, other: Tensor) -> bool:
-    """Whether the shapes are the same, or but for axes of one: a 1 x 1 convolution may lie flat."""
-    wide, flat = ([size for size in tensor.shape if size != 1] for tensor in (first, other))
-    return first.shape == other.shape or (wide == flat and math.prod(first.shape[2:] + other.shape[2:]) == 1)
+    """Whether the shapes are the same; a 1 x 1 convolution may lie flat."""
+    one, two = (shape[:2] if shape[2:] == (1, 1) else shape for shape in (first.shape, other.shape))
+    return one == two
 
 
 def _has_fewer_inputs(first: Tensor, other: Tensor) -> bool:
@@ -162,7 +166,3 @@ def _canonical_names(checkpoint: Checkpoint, model: Model, component: str) -> di
 def called(checkpoint: Checkpoint) -> str:
     """A model as it is named to people."""
     return checkpoint.path.name if checkpoint.path else "a model in memory"
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")

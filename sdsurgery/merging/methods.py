@@ -137,9 +137,8 @@ class CosineAdaptive:
         import torch
 
         alike = (self.columns + np.mean(self.columns)) / 2
-        spread = self.high - self.low
-        kept = np.clip((alike - self.low) / spread - abs(self.alpha) if spread else alike * 0 - self.alpha, 0, 1)
-        kept = torch.from_numpy(np.nan_to_num(kept).astype(np.float32))
+        spread = (self.high - self.low) or 1.0  # where all columns are equally alike, there is nothing to adapt to
+        kept = torch.from_numpy(np.clip((alike - self.low) / spread - abs(self.alpha), 0, 1).astype(np.float32))
 
         def compute(start: int, values: Sequence[Tensor]) -> Tensor:
             a, b = values
@@ -154,7 +153,7 @@ class CosineAdaptive:
 
 
 def column_cosines(pieces: Pieces, columns: int) -> Any:
-    """The cosine between two tensors along their first axis, a number for each of its columns; 0 where one is zero."""
+    """The cosine between two tensors along their first axis, a number a column; 0 where one is zero, or not finite."""
     sums = np.zeros((3, columns))
     start = 0
     for a, b in map(_in_float64, pieces()):
@@ -164,13 +163,12 @@ def column_cosines(pieces: Pieces, columns: int) -> Any:
         start += len(a)
     dot, ours, theirs = sums
     norm = np.sqrt(ours * theirs)
-    return np.divide(dot, norm, out=np.zeros(columns), where=norm > 0)
+    return np.divide(dot, norm, out=np.zeros(columns), where=(norm > 0) & np.isfinite(norm))
 
 
 def usual_range(cosines: Sequence[Any]) -> tuple[float, float]:
     """The first and, of those from there on, the 99th percentile: what supermerger takes for the range."""
-    pool = np.concatenate([np.ravel(each) for each in cosines])
-    pool = pool[np.isfinite(pool)]
+    pool = np.concatenate(cosines)
     for percent, keeps in ((1, np.greater_equal), (99, np.less_equal)):
         pool = pool[keeps(pool, np.percentile(pool, percent, method="midpoint"))]
     return float(pool.min()), float(pool.max())
@@ -233,7 +231,7 @@ class Ties:
         """See :class:`Formula`."""
         import torch
 
-        thresholds = [_threshold(pieces, place, self.density) for place in range(1, len(self.weights) + 1)]
+        thresholds = _thresholds(pieces, self.density)
 
         def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
             base, *others = values
@@ -265,31 +263,43 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _threshold(pieces: Pieces, place: int, density: float) -> float:
-    """The magnitude from which on the largest share of a difference's elements lies; more of them where some are equal.
+def _thresholds(pieces: Pieces, density: float) -> list[float]:
+    """Of each difference the magnitude from which on the largest share of its elements lies; more where some are equal.
 
-    Found in two readings by the bits of the magnitudes in float32, which order as they do: the upper 16 first.
+    Found in two readings of all tensors by the bits of the magnitudes in float32, which order as they do: the upper 16
+    bits first, then the lower 16 of those that share the upper ones of the magnitude that is looked for.
     """
-    upper = np.zeros(1 << 16, np.int64)
-    for bits in _magnitudes(pieces, place):
-        upper += np.bincount(bits >> 16, minlength=1 << 16)
-    kept = int(density * upper.sum())
-    if kept <= 0:
-        return math.inf
-    above = np.cumsum(upper[::-1])[::-1]
+    upper = _counted(pieces, lambda _place, bits: bits >> _HALF)
+    kept = int(density * int(upper[0].sum())) if upper else 0
+    if not kept:
+        return [math.inf] * len(upper)
+    found = [_from_above(counts, kept) for counts in upper]
+    lower = _counted(pieces, lambda place, bits: bits[bits >> _HALF == found[place][0]] & ((1 << _HALF) - 1))
+    bits = [high << _HALF | _from_above(counts, rest)[0] for (high, rest), counts in zip(found, lower, strict=True)]
+    return [float(value) for value in np.array(bits, np.int32).view(np.float32)]
+
+
+_HALF = 16
+
+
+def _counted(pieces: Pieces, chosen: Callable[[int, Tensor], Tensor]) -> list[Any]:
+    """How often each number comes among what is chosen of the bits of each difference's magnitudes."""
+    import torch
+
+    counts: list[Tensor] = []
+    for base, *others in pieces():
+        counts = counts or [torch.zeros(1 << _HALF, dtype=torch.int64) for _ in others]
+        for place, other in enumerate(others):
+            bits = (other - base).abs().to("cpu", torch.float32).view(torch.int32)
+            counts[place] += torch.bincount(chosen(place, bits), minlength=1 << _HALF)
+    return [each.numpy() for each in counts]
+
+
+def _from_above(counts: Any, kept: int) -> tuple[int, int]:
+    """The number that the ``kept``-th largest has, and how many of that number are among those kept."""
+    above = np.cumsum(counts[::-1])[::-1]
     chosen = int(np.flatnonzero(above >= kept)[-1])
-    lower = np.zeros(1 << 16, np.int64)
-    for bits in _magnitudes(pieces, place):
-        lower += np.bincount(bits[bits >> 16 == chosen] & 0xFFFF, minlength=1 << 16)
-    wanted = kept - (int(above[chosen + 1]) if chosen + 1 < len(above) else 0)
-    least = int(np.flatnonzero(np.cumsum(lower[::-1])[::-1] >= wanted)[-1])
-    return float(np.array(chosen << 16 | least, np.uint32).view(np.float32))
-
-
-def _magnitudes(pieces: Pieces, place: int) -> Iterator[Any]:
-    for values in pieces():
-        difference = (values[place] - values[0]).cpu().numpy().astype(np.float32)
-        yield difference.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    return chosen, kept - int(above[chosen] - counts[chosen])
 
 
 @dataclass(frozen=True, slots=True)

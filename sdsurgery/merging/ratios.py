@@ -13,9 +13,8 @@ from ..errors import UsageError
 from ..models.regions import regions
 from .presets import COUNT, PRESETS
 
-_BASE = "base"
-_FIRST_LEVELS = 9
-"""Blocks on the way down, and on the way up, of SDXL's UNet."""
+_SDXL = 9
+"""Blocks on the way down, and as many on the way up, of SDXL's UNet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,23 +143,23 @@ def _number(text: str) -> float:
 def _numbers(text: str, blocks: Sequence[str]) -> list[float]:
     """The numbers of a UNet's blocks, and of the base in front if that is given."""
     named = text.strip().upper().replace("-", "_")
-    if re.fullmatch(r"[\d.,\s+-]*(e[+-]?\d+[\d.,\s+-]*)*", text, re.IGNORECASE):
+    if "," in text:
         numbers = [_number(part) for part in text.split(",")]
     elif named in PRESETS:
         numbers = list(PRESETS[named])
     else:
         near = difflib.get_close_matches(named, PRESETS, 3)
         raise UsageError(f"{text!r} is no preset", remedy=f"choose from {', '.join(near or PRESETS)}, or give numbers")
-    if len(blocks) == 2 * _FIRST_LEVELS + 1 and len(numbers) in {COUNT, COUNT + 1}:
+    if len(blocks) == 2 * _SDXL + 1 and len(numbers) in {COUNT, COUNT + 1}:
         extra = len(numbers) - COUNT
         # Of a list for SD1, supermerger takes these for SDXL, too.
-        numbers = numbers[: extra + _FIRST_LEVELS] + numbers[extra + 12 : extra + 13 + _FIRST_LEVELS]
+        numbers = numbers[: extra + _SDXL] + numbers[extra + 12 : extra + 13 + _SDXL]
+    if not blocks:
+        raise UsageError("no UNet is merged that has blocks", remedy="leave --blocks out")
     if len(numbers) not in {len(blocks), len(blocks) + 1}:
         raise UsageError(
             f"{len(numbers)} numbers are given for the {len(blocks)} blocks of the UNet",
-            remedy=f"give one for each of {blocks[0]} to {blocks[-1]}, or one more in front for all else"
-            if blocks
-            else "leave them out: no UNet is merged",
+            remedy=f"give one for each of {blocks[0]} to {blocks[-1]}, or one more in front for all else",
         )
     return numbers
 

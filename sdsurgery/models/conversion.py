@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from ..checkpoint import Change, Checkpoint, Note, Tensor
 from ..errors import MismatchError
+from ..wording import listed
 from .components import POSITION_IDS, Component
 from .identify import UNET_PREFIX, VAE_PREFIX, Model, foreign_parts
 from .position_ids import diagnose, positions, right_ids
 from .translation import fits, to_diffusers, to_ldm
 from .walks import ClipConfig, Layout, Link, OpenClipConfig, links, walk
-
-_SOME = 5
 
 _LARGEST_TRANSPOSED = 256 << 20
 """Bytes of the largest matrix that is transposed, which is done in memory; real ones take three million."""
@@ -79,7 +78,7 @@ def _check_whole(checkpoint: Checkpoint, name: str, component: Component) -> Non
     if component.missing:
         message = f"its {name} lacks {len(component.missing)} of {len(component.table)} weights: "
         raise MismatchError(
-            message + _some(component.missing),
+            message + listed(component.missing),
             file=checkpoint.path,
             key=component.missing[0],
             remedy="take them from a sound model: sdsurgery replace",
@@ -90,9 +89,9 @@ def _check_whole(checkpoint: Checkpoint, name: str, component: Component) -> Non
             raise MismatchError(message, file=checkpoint.path, key=key, remedy="take it from a sound model")
     wrong = misfits(checkpoint, component)
     if wrong:
-        listed = (f"{key} {list(checkpoint[key].shape)} instead of {list(shape)}" for key, shape in wrong.items())
+        shapes = (f"{key} {list(checkpoint[key].shape)} instead of {list(shape)}" for key, shape in wrong.items())
         raise MismatchError(
-            f"its {name} has weights of the wrong shape: " + _some(list(listed)),
+            f"its {name} has weights of the wrong shape: " + listed(shapes),
             file=checkpoint.path,
             key=next(iter(wrong)),
             remedy="take the component from a sound model: sdsurgery replace; or state its config with --config",
@@ -100,7 +99,7 @@ def _check_whole(checkpoint: Checkpoint, name: str, component: Component) -> Non
     extra = [key for key in component.stray if not key.endswith("position_ids")]
     if component.layout == "diffusers" and extra:
         raise MismatchError(
-            f"its {name} has {len(extra)} weights that its config knows nothing of: " + _some(extra),
+            f"its {name} has {len(extra)} weights that its config knows nothing of: " + listed(extra),
             file=checkpoint.path,
             key=extra[0],
             remedy="remove them, or mend the config",
@@ -128,10 +127,6 @@ def _by_name(component: Component) -> dict[str, Link]:
             if weight.name in component.keys:
                 found[component.keys[weight.name]] = link
     return found
-
-
-def _some(items: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(items[:_SOME]) + (f" and {len(items) - _SOME} more" if len(items) > _SOME else "")
 
 
 # ---------------------------------------------------------------- ldm -> diffusers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +20,7 @@ from ..models.single_file import settings_of
 from ..models.stated import Stated, silent_fields, stated_about
 from ..models.walks import Layout, UNetConfig
 from ..sources import InMemory
+from ..wording import listed
 from .base import Operation, Param, Source, input_record, opened
 from .cast import ComponentName, DTypeName, cast_tensor, check_values
 
@@ -169,11 +170,11 @@ def _donor(source: Source, name: str) -> _Donor:
     model = identify(donor)
     part = _component(donor, model, name)
     if part.missing:
-        message = f"its {name} lacks {len(part.missing)} of {len(part.table)} weights: {_some(part.missing)}"
+        message = f"its {name} lacks {len(part.missing)} of {len(part.table)} weights: {listed(part.missing)}"
         raise _fault(MismatchError, message, donor, "name a file that has all of them", part.missing[0])
     wrong = misfits(donor, part)
     if wrong:
-        message = f"its {name} has weights of the wrong shape: " + _some(
+        message = f"its {name} has weights of the wrong shape: " + listed(
             f"{key} {list(donor[key].shape)} instead of {list(shape)}" for key, shape in wrong.items()
         )
         raise _fault(MismatchError, message, donor, "name a file whose component is sound", next(iter(wrong)))
@@ -189,11 +190,6 @@ def _config(donor: Checkpoint, model: Model, part: Component) -> Mapping[str, An
         return stands_there
     stated = stated_about(donor, model, None)
     return FolderFiles(donor, model, stated).config(part) if stated.configs.get(part.name) else None
-
-
-def _some(items: Iterable[str], most: int = 5) -> str:
-    listed = list(items)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def _place_for_vae(checkpoint: Checkpoint, model: Model, part: Component) -> Component:
@@ -263,7 +259,7 @@ def _graft(
         facts |= _settings(replace(checkpoint, tensors=tensors), target.name, donor.config)
     kept = [key for name, key in target.keys.items() if name not in weights and name != POSITION_IDS]
     if kept:
-        notes.append(Note(f"{len(kept)} weights that the donor lacks stay the model's own: {_some(kept)}"))
+        notes.append(Note(f"{len(kept)} weights that the donor lacks stay the model's own: {listed(kept)}"))
     if not changes:
         notes.append(Note(f"the {target.name} is this one already"))
     parameters = {name: value for name, value in operation.parameters().items() if name != "force"}
@@ -307,7 +303,7 @@ def _check_fit(target: Component, donor: _Donor) -> None:
         if name in part.keys and 0 not in weight.shape and part.table[name].shape != weight.shape
     }
     if wrong:
-        message = f"its {part.name} doesn't fit: " + _some(
+        message = f"its {part.name} doesn't fit: " + listed(
             f"{part.keys[name]} {list(part.table[name].shape)} instead of {list(shape)}"
             for name, shape in wrong.items()
         )

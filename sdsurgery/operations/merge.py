@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -206,6 +206,32 @@ class Merge(Operation):
             raise UsageError(f"{self.kept:g} is no density", remedy="give one above 0, up to 1")
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A tensor of the result that isn't simply the first model's.
+
+    Attributes:
+        job: What it is made of.
+        tensors: What of that goes into it.
+        result: It.
+        bound: The largest magnitude that the result can have, given those of the tensors.
+    """
+
+    job: Job
+    tensors: tuple[Tensor, ...]
+    result: Tensor
+    bound: Callable[[Sequence[float]], float]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def largest(self) -> list[float]:
+        """The largest magnitude in each of the tensors."""
+        return [largest(tensor) for tensor in self.tensors]
+
+
 class _Run:
     """One run of the operation.
 
@@ -221,47 +247,55 @@ class _Run:
         self.ratios = ratios(operation.amount, operation.blocks, operation.at, where)
         self.engine = _engine(operation)
 
-    def results(self) -> Iterator[tuple[Job, Tensor]]:
+    def results(self) -> list[tuple[Job, Tensor]]:
         """Each tensor as it will be; one that stays is the very one.
 
         Raises:
             RefusedError: If finite values would become infinite.
         """
-        largests = self._read()
         plain = {job.place.key: self._plain(job) for job in self.jobs}
         computed = [job for job in self.jobs if plain[job.place.key] is None]
         formulas = {job.place.key: formula for job, formula in self._formulas(computed)}
-        results, overflowing = [], []
-        for job, most in zip(self.jobs, largests, strict=True):
-            found = plain[job.place.key]
-            result = found if found is not None else self._blended(job, formulas[job.place.key])
-            bound = max(most) if found is not None else formulas[job.place.key].bound(most)
-            if all(map(math.isfinite, most)) and bound > LARGEST.get(job.target.name, 0.0):
-                overflowing += [job.place.key] if not math.isfinite(largest(result)) else []
+        results, plans = [], []
+        for job in self.jobs:
+            source, formula = plain[job.place.key], formulas.get(job.place.key)
+            if formula is not None:
+                result = self._blended(job, formula)
+                plans.append(_Plan(job, job.tensors, result, formula.bound))
+            else:
+                assert source is not None  # noqa: S101 - for the type checker: it has a formula otherwise
+                shape = job.tensors[0].shape
+                shaped = source if source.shape == shape else Tensor(source.dtype, shape, source.data)
+                result = cast_tensor(shaped, job.target)
+                if result is not job.tensors[0]:
+                    plans.append(_Plan(job, (source,), result, max))
             results.append((job, result))
+        self._check(plans)
+        return results
+
+    def _check(self, plans: Sequence[_Plan]) -> None:
+        """Read what goes into the result: NaN and Inf are told of, overflow is refused, before anything is written."""
+        overflowing = []
+        total = sum(plan.nbytes for plan in plans)
+        with progress.task(f"checking {len(plans)} tensors", total) as done, ThreadPoolExecutor(2) as pool:
+            for plan, most in zip(plans, pool.map(_Plan.largest, plans), strict=True):
+                self.notes.extend(self._special(plan, most))
+                if all(map(math.isfinite, most)) and plan.bound(most) > LARGEST.get(plan.job.target.name, 0.0):
+                    overflowing += [plan.job.place.key] if not math.isfinite(largest(plan.result)) else []
+                done(plan.nbytes)
         if overflowing:
             message = f"{len(overflowing)} tensors get values that their type can't hold, the first {overflowing[0]}"
             remedy = "merge with --dtype fp32 or bf16, or with a smaller alpha"
             raise RefusedError(message, file=self.matching.checkpoint.path, key=overflowing[0], remedy=remedy)
-        yield from results
 
-    def _read(self) -> list[list[float]]:
-        """The largest magnitude in each tensor of each job; NaN and Inf are told of before anything is written."""
-        found = []
-        total = sum(job.nbytes for job in self.jobs)
-        with progress.task(f"checking {len(self.jobs)} tensors", total) as done, ThreadPoolExecutor(2) as pool:
-            for job, most in zip(self.jobs, pool.map(_largest, self.jobs), strict=True):
-                self.notes.extend(self._special(job, most))
-                found.append(most)
-                done(job.nbytes)
-        return found
-
-    def _special(self, job: Job, most: Sequence[float]) -> Iterator[Note]:
-        whose = (self.matching.checkpoint, *self.matching.others)
-        for checkpoint, value in zip(whose, most, strict=True):
+    def _special(self, plan: _Plan, most: Sequence[float]) -> Iterator[Note]:
+        models = (self.matching.checkpoint, *self.matching.others)
+        read = set(map(id, plan.tensors))
+        whose = [called(model) for model, each in zip(models, plan.job.tensors, strict=True) if id(each) in read]
+        for name, value in zip(whose, most, strict=True):
             if not math.isfinite(value):
                 what = "NaN" if math.isnan(value) else "Inf"
-                yield Note(f"{job.place.key} holds {what} in {called(checkpoint)}", "warning", job.place.key)
+                yield Note(f"{plan.job.place.key} holds {what} in {name}", "warning", plan.job.place.key)
 
     def _plain(self, job: Job) -> Tensor | None:
         """One model's tensor as it is, where that is what the formula comes to."""
@@ -277,9 +311,7 @@ class _Run:
         only = [place for place, share in enumerate(shares) if share]
         if len(only) != 1 or shares[only[0]] != 1 or (only[0] and job.channels is not None):
             return None
-        tensor = job.tensors[only[0]]
-        same = tensor.shape == job.tensors[0].shape
-        return cast_tensor(tensor if same else Tensor(tensor.dtype, job.tensors[0].shape, tensor.data), job.target)
+        return job.tensors[only[0]]
 
     def _formulas(self, jobs: Sequence[Job]) -> list[tuple[Job, Formula]]:
         from ..merging import methods
@@ -331,10 +363,6 @@ class _Run:
         from ..merging.blending import blended
 
         return blended(job.tensors, job.target, formula, self.engine, channels=job.channels)
-
-
-def _largest(job: Job) -> list[float]:
-    return [largest(tensor) for tensor in job.tensors]
 
 
 def _engine(operation: Merge) -> Engine:

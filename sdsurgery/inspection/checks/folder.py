@@ -17,8 +17,9 @@ from ...models.folder_files import INDEX_NAME, stock
 from ...models.folder_repair import Lack, document_in, missing_files, tokens_in
 from ...models.identify import identify
 from ...models.walks import ClipConfig, Config, OpenClipConfig, UNetConfig, VaeConfig
+from ...wording import listed
 from ..findings import Finding
-from .subject import Subject, listed
+from .subject import Subject
 
 _RULES: dict[Lack, tuple[str, str]] = {
     "config": ("config-missing", "it is missing"),
@@ -94,7 +95,7 @@ def _undividing(config: Config, document: Mapping[str, Any]) -> Iterator[tuple[s
     if isinstance(config, UNetConfig | VaeConfig):
         groups = document.get("norm_num_groups", 32)
         if any(width % groups for width in config.channels):
-            yield "norm_num_groups", (f"a divisor of {listed(config.channels)}", str(groups))
+            yield "norm_num_groups", (f"a divisor of {listed(config.channels, 8)}", str(groups))
     else:
         heads = document.get("num_attention_heads", 8)
         if config.width % heads:
@@ -313,7 +314,7 @@ def contradicting(subject: Subject) -> dict[str, Finding]:
         fields = [field for field in has if has[field] != says.get(field)]
         if not _matters(component, fields):
             continue
-        message = f"{file} states another {listed(fields)} than the weights have"
+        message = f"{file} states another {listed(fields, 8)} than the weights have"
         facts: Facts = {
             "component": name,
             "expected": ", ".join(f"{field} {has[field]}" for field in fields),

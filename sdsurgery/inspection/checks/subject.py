@@ -124,9 +124,3 @@ def _word(path: Path) -> str:
     """A path that no command line takes for an option."""
     text = str(path)
     return f"./{text}" if text.startswith("-") else text
-
-
-def listed(items: Iterable[object], most: int = 8) -> str:
-    """The first few, and how many more."""
-    texts = [str(item) for item in items]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

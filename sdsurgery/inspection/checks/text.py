@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from ...models.configs import TEXT_ENCODERS
 from ...models.position_ids import diagnose, positions
+from ...wording import listed
 from ..findings import Finding
-from .subject import Subject, listed
+from .subject import Subject
 
 _RULES = {
     "missing": ("position-ids-missing", "there are no position ids"),
@@ -34,9 +35,8 @@ def position_ids(subject: Subject) -> Iterator[Finding]:
     if found.status in _RULES:
         rule, message = _RULES[found.status]
         count = positions(subject.model)
-        wrong = (
-            f": {len(found.wrong)} of {count} are wrong once truncated ({listed(found.wrong)})" if found.wrong else ""
-        )
+        places = listed(found.wrong, 8)
+        wrong = f": {len(found.wrong)} of {count} are wrong once truncated ({places})" if found.wrong else ""
         seen = "nothing" if found.status == "missing" else str(subject.checkpoint[found.key or ""])
         wanted = "nothing" if found.status == "unexpected" else f"I64[1, {count}], 0 to {count - 1}"
         facts = {"key": found.key, "component": "text_encoder", "expected": wanted, "seen": seen}
