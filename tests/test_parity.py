@@ -450,8 +450,8 @@ def test_settings_that_make_no_sense_are_refused(models: Models, tmp_path: Path)
     refused(run(file, "--prompts", tmp_path / "none.txt"), 2, "none.txt can't be read")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(models: Models) -> None:
+def test_a_missing_gpu_is_named(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = run(models.file(SD1), "--device", "cuda")
     refused(done, 3, "leave --device cuda out")
     assert "without CUDA" in done.err or "no GPU" in done.err
