@@ -139,10 +139,19 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A further file that an operation took something from; no path is ever recorded."""
+    """A further checkpoint that an operation took something from; no path is ever recorded.
+
+    Attributes:
+        name: The name of its file.
+        sha256: Of its file, where it is known.
+        made: The record that the file has of its own making.
+        steps: What was done to it since it was opened, as records have it.
+    """
 
     name: str
     sha256: str | None = None
+    made: tuple[Mapping[str, Any], ...] = ()
+    steps: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +205,8 @@ class Origin:
         file: The file; ``None`` for a folder.
         aside: What it holds besides the state dict.
         data_offset: Where the tensors' bytes begin, in a safetensors file.
+        recorded_as: The name under which records tell of it; its own unless given.
+        computed_sha256: Of the file, if somebody computed it.
     """
 
     container: str
@@ -203,6 +214,18 @@ class Origin:
     file: SourceFile | None = None
     aside: tuple[Aside, ...] = ()
     data_offset: int | None = None
+    recorded_as: str | None = None
+    computed_sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name under which records tell of it."""
+        return self.recorded_as or self.path.name or self.path.resolve().name
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the file, where it is known without reading it."""
+        return self.computed_sha256 or (self.file.known_sha256 if self.file else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +354,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def evolve(self, tensors: Mapping[str, Tensor], step: Step, **changes: Any) -> Checkpoint:
         """The checkpoint with other tensors, and a step that tells why."""
         return replace(self, tensors=tensors, steps=(*self.steps, step), header=None, as_it_was=False, **changes)
+
+    def hashed(self) -> Checkpoint:
+        """The same with the SHA-256 of the file it was opened from, which is read for it, for records to tell."""
+        from .containers.opening import hashed
+
+        return hashed(self)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Saved:
         """Write it; see :func:`sdsurgery.containers.save` for the options."""

@@ -7,12 +7,21 @@ those of the command line: 1 the answer is no, 2 wrong usage, 3 an input is at f
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SurgeryError(Exception):
-    """Base of everything that sdsurgery raises on purpose."""
+    """Base of everything that sdsurgery raises on purpose.
+
+    Attributes:
+        message: What is wrong.
+        file: With which file.
+        key: With which key.
+        remedy: What to do about it.
+        details: What else there is to say, in lines.
+    """
 
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 3
@@ -24,18 +33,20 @@ class SurgeryError(Exception):
         file: str | os.PathLike[str] | None = None,
         key: str | None = None,
         remedy: str | None = None,
+        details: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.file = None if file is None else str(Path(file))
         self.key = key
         self.remedy = remedy
+        self.details = tuple(details)
 
     def __str__(self) -> str:
         where = f"{self.file}: " if self.file else ""
         return where + self.message
 
-    def as_json(self) -> dict[str, str | None]:
+    def as_json(self) -> dict[str, Any]:
         """The document that ``--json`` prints under ``error``."""
         return {
             "kind": self.kind,
@@ -43,6 +54,7 @@ class SurgeryError(Exception):
             "file": self.file,
             "key": self.key,
             "remedy": self.remedy,
+            **({"details": list(self.details)} if self.details else {}),
         }
 
 

@@ -12,14 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import __version__
-from .checkpoint import Step
+from .checkpoint import Input, Origin, Step
 
 METADATA_KEY = "sdsurgery"
 """The metadata key that holds the record."""
 
 SCHEMA_VERSION = 1
 
-HASH_KEYS = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_LONGEST_WITHIN = 1 << 16
+"""Characters of a record within another. Each merge of merges doubles what it holds."""
+
+HASH_KEYS: tuple[str, ...] = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata keys that hold a hash of the tensors' bytes; any change of those makes them false."""
 
 
@@ -32,29 +35,46 @@ def recorded(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
+def made(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The same for a record that goes into another; none if it is so long that records would grow with each merge."""
+    return recorded(metadata) if len(metadata.get(METADATA_KEY, "")) <= _LONGEST_WITHIN else []
+
+
 def describe(step: Step) -> dict[str, Any]:
     """One step as the record and the reports show it."""
     entry: dict[str, Any] = {"operation": step.operation, "parameters": dict(step.parameters), **step.facts}
     if step.inputs:
-        entry["inputs"] = [
-            {"name": source.name, **({"sha256": source.sha256} if source.sha256 else {})} for source in step.inputs
-        ]
+        entry["inputs"] = [_described(each) for each in step.inputs]
     entry["changes"] = dict(sorted(Counter(change.kind for change in step.changes).items()))
     return entry
 
 
-def with_history(metadata: Mapping[str, str], steps: Sequence[Step], **facts: str) -> dict[str, str]:
+def _described(file: Input) -> dict[str, Any]:
+    """A file in a record; what isn't known of it is left out."""
+    known = {"sha256": file.sha256, "made": list(file.made), "steps": list(file.steps)}
+    return {"name": file.name, **{name: value for name, value in known.items() if value}}
+
+
+def applied(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Those of the steps that changed something, as records have them."""
+    return [describe(step) | {"sdsurgery": __version__} for step in steps if step.changes]
+
+
+def with_history(metadata: Mapping[str, str], steps: Sequence[Step], origin: Origin | None) -> dict[str, str]:
     """The metadata with the steps that changed something appended to its record.
 
     Args:
         metadata: What the file held.
         steps: What was done since.
-        facts: Written into every new entry, such as the SHA-256 of the file it started from.
+        origin: What it was opened from. The first entry of a record names it; files that lay between are no part of
+            it, so that steps one by one leave the same record as in one go.
     """
-    done = [describe(step) | facts | {"sdsurgery": __version__} for step in steps if step.changes]
+    before, done = recorded(metadata), applied(steps)
     if not done:
         return dict(metadata)
-    record = {"schema_version": SCHEMA_VERSION, "steps": [*recorded(metadata), *done]}
+    if not before and origin is not None:
+        done[0]["source"] = _described(Input(origin.name, origin.sha256))
+    record = {"schema_version": SCHEMA_VERSION, "steps": [*before, *done]}
     # transformers refuses a safetensors file that has metadata without a format.
     return {"format": "pt", **metadata, METADATA_KEY: _as_text(record)}
 

@@ -83,6 +83,11 @@ class SourceFile:
         named = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
         return real.name if named else None
 
+    @property
+    def whole(self) -> FileSlice:
+        """All of its bytes."""
+        return FileSlice(self, 0, self.size)
+
     def check_unchanged(self) -> None:
         """Raise if the file was written to since it was opened, so that no mixture of two states is kept."""
         if not self._is_same(os.fstat(self.fileno())):

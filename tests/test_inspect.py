@@ -172,9 +172,9 @@ def test_history_is_shown(tmp_path: Path) -> None:
     assert [step["operation"] for step in found["history"]] == ["merge-vae", "fix-clip", "cast"]
     assert found["history"] == json.loads(metadata(output)["sdsurgery"])["steps"]
     text = cli("inspect", output).out
-    assert "history merge-vae vae=vae.vae.pt: 248 replaced" in text
-    assert "history fix-clip target=a1111: 1 replaced" in text
-    assert "history cast dtype=bf16: 1130 cast" in text
+    assert "── merge-vae: 248 replaced\n│   └── vae.vae.pt" in text
+    assert "── fix-clip target=a1111: 1 replaced" in text
+    assert "── cast dtype=bf16: 1130 cast" in text
 
 
 def test_steps_that_are_not_saved_yet_are_history_too() -> None:

@@ -163,4 +163,4 @@ def test_the_hash_of_a_cached_file_is_known_and_recorded(tmp_path: Path) -> None
     snapshot.symlink_to(blob)
     sd.open(snapshot).pipe(sd.FixClip()).save(tmp_path / "out.safetensors")
     record = json.loads(sd.open(tmp_path / "out.safetensors").metadata["sdsurgery"])
-    assert record["steps"][0]["source_sha256"] == blob.name
+    assert record["steps"][0]["source"]["sha256"] == blob.name

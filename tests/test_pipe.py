@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FIXTURES, cli, metadata, raw, raw_of, raw_pickle, shell
@@ -52,6 +53,13 @@ def one_by_one(model: Path, steps: list[list[str]], folder: Path) -> tuple[int, 
     return 0, model
 
 
+def without_source(found: dict[str, str]) -> Any:
+    """Metadata without the name of the file that the record begins with: a copy in between has another one."""
+    record = json.loads(found.get("sdsurgery", '{"steps": [{}]}'))
+    record["steps"][0].pop("source", None)
+    return found | {"sdsurgery": record}
+
+
 MODELS = ["merged.ckpt", "sd1-full-ema.ckpt", "sd1-flat-text-encoder.safetensors", "sd1-ids-missing.safetensors"]
 
 
@@ -67,7 +75,7 @@ def test_pipe_equals_its_operations_one_by_one(name: str, steps: list[list[str]]
         if code == 0:
             assert raw(output) == raw(last)
             if name != "sd1-full-ema.ckpt":  # whose epoch and callbacks the first file in between can't hold
-                assert metadata(output) == metadata(last)
+                assert without_source(metadata(output)) == without_source(metadata(last))
 
 
 def test_the_main_job(tmp_path: Path) -> None:

@@ -558,7 +558,7 @@ def test_a_folder_that_fails_leaves_no_sidecar_and_takes_none_away(
 
     target = made if force else made.with_name("new")
     before = contents(made.parent)
-    monkeypatch.setattr("sdsurgery.cli.convert.save", full)
+    monkeypatch.setattr("sdsurgery.outputs.save", full)
     result = cli("convert", made.with_name("model.safetensors"), target, "--sidecar", *force)
     assert result.code == 4
     assert contents(made.parent) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,9 +18,11 @@ from ..containers import open as open_checkpoint
 from ..containers import save
 from ..containers.patching import patch_in_place
 from ..containers.saving import beside, check_target, losses, target_container
-from ..errors import OutputError, OutputExistsError, SurgeryError, UsageError
+from ..errors import OutputError, SurgeryError, UsageError
 from ..operations import Operation
+from ..operations.base import opened as open_source
 from ..operations.cast import ComponentName
+from ..outputs import refuse, refuse_configs
 from ..reports import documents, terminal
 from .bars import Bars
 
@@ -47,6 +49,7 @@ class WriteOptions:
     force: bool
     quiet: bool
     debug: bool
+    hash: bool = False
 
 
 _WRITE_OPTIONS = {
@@ -58,6 +61,9 @@ _WRITE_OPTIONS = {
     "json": click.option("--json", is_flag=True, help="Print one JSON document."),
     "force": click.option(
         "--force", is_flag=True, help="Replace an existing output, and override refusals that say so."
+    ),
+    "hash": click.option(
+        "--hash", is_flag=True, help="Record the SHA-256 of all inputs, and that of the tensors of a safetensors file."
     ),
     "quiet": click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
     "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -107,7 +113,7 @@ def carry_out(model: Path, operations: Sequence[Operation], options: WriteOption
     except SurgeryError:
         # Where several exit codes hold, the highest counts.
         if options.output is not None:
-            refuse_output(options.output, options)
+            refuse(options.output, force=options.force)
         raise
     named = model if options.in_place else options.output
     # What lies in a folder may leave it, and the other way round: then only the result tells what may be written.
@@ -117,10 +123,10 @@ def carry_out(model: Path, operations: Sequence[Operation], options: WriteOption
     if named is not None and (same_kind or checkpoint.folder is None):
         check_target(checkpoint, named, force=options.force, in_place=options.in_place)
     with listening(quiet=options.quiet):
-        result = checkpoint.pipe(*operations)
+        result = with_hashes(checkpoint, operations) if options.hash else checkpoint.pipe(*operations)
         target = named or beside(model, label, folder=result.folder is not None)
         nbytes = 0
-        lost = losses(result, target, in_place=options.in_place)
+        lost = losses(result, target, in_place=options.in_place, hashes=options.hash)
         writes = bool(result.changes) or options.output is not None
         if writes:
             check_target(result, target, force=options.force, in_place=options.in_place)
@@ -128,25 +134,18 @@ def carry_out(model: Path, operations: Sequence[Operation], options: WriteOption
             _refuse_loss(result, target, options)
             _warn_of_cache(target, options)
         if writes and not options.dry_run:
-            if options.in_place and _only_ids(result) and patch_in_place(result):
+            if options.in_place and not options.hash and _only_ids(result) and patch_in_place(result):
                 lost, nbytes = (), target.stat().st_size
             else:
-                nbytes = save(result, target, force=options.force, in_place=options.in_place).nbytes
+                saved = save(result, target, force=options.force, in_place=options.in_place, hashes=options.hash)
+                nbytes = saved.nbytes
     return Report(result, lost if writes else (), target, nbytes, writes=writes, options=options)
 
 
-def refuse_output(output: Path, options: WriteOptions) -> None:
-    """Refuse an output that could not be written, whatever the input were."""
-    check_target(Checkpoint({}), output, force=options.force, in_place=False)
-    if not output.parent.is_dir():
-        raise OutputError("there is no such folder", file=output, remedy="make the folder first")
-
-
-def refuse_configs(checkpoint: Checkpoint, target: Path, configs: Iterable[Path]) -> None:
-    """Refuse to write one of the named configs over, whatever is forced."""
-    for place in map(target.with_suffix, checkpoint.companions):
-        if place.exists() and any(config.exists() and config.samefile(place) for config in configs):
-            raise OutputExistsError("it is one of the inputs", file=place, remedy="choose another name")
+def with_hashes(checkpoint: Checkpoint, operations: Sequence[Operation]) -> Checkpoint:
+    """The result of the operations, with all inputs hashed for its record."""
+    opened = (operation.with_sources(lambda source: open_source(source).hashed()) for operation in operations)
+    return checkpoint.hashed().pipe(*opened)
 
 
 def _warn_of_cache(target: Path, options: WriteOptions) -> None:

@@ -192,7 +192,7 @@ def _plan_weights(checkpoint: Checkpoint, part: _Part, names: _Names, made: Plan
             continue
         before = next((file for file in part.opened if _as_safetensors(file.name) == name), None)
         before = before or (part.opened[0] if part.opened else None)
-        metadata = with_history(checkpoint, _source(before) if before else _single(checkpoint))
+        metadata = with_history(checkpoint)
         lost = drop_hashes(metadata)
         changes.extend(change for change in lost if before is None or change.key in before.checkpoint.metadata)
         # transformers refuses a safetensors file that doesn't say so.
@@ -286,11 +286,6 @@ def _verbatim(checkpoint: Checkpoint, part: _Part, tensors: Mapping[str, Tensor]
         if origin and origin.container == safetensors.NAME and dict(file.checkpoint) == tensors:
             return file
     return None
-
-
-def _single(checkpoint: Checkpoint) -> SourceFile | None:
-    """The single file that the checkpoint was converted from, if it was."""
-    return checkpoint.origin.file if checkpoint.origin else None
 
 
 def _source(file: WeightFile) -> SourceFile:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from .. import progress
 from ..checkpoint import Checkpoint
-from ..errors import CorruptError, InputError, UnreadableError, UnsupportedError, UsageError
+from ..digests import sha256_of
+from ..errors import CorruptError, InputError, MismatchError, UnreadableError, UnsupportedError, UsageError
 from ..sources import SourceFile
 from . import folders, safetensors
 
@@ -24,8 +27,10 @@ _MISTAKEN = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike[str], variant: str | None = None) -> Checkpoint:
-    """Open a checkpoint; only its headers are read.
+def open_checkpoint(
+    path: str | os.PathLike[str], variant: str | None = None, *, sha256: str | None = None
+) -> Checkpoint:
+    """Open a checkpoint; only its headers are read, unless it is to be a certain file.
 
     A file's container is told by its first bytes: safetensors, the zip format of ``torch.save``, or the legacy format.
     A folder is a diffusers folder, or one component of it.
@@ -33,19 +38,46 @@ def open_checkpoint(path: str | os.PathLike[str], variant: str | None = None) ->
     Args:
         path: The file or the folder.
         variant: Which weights of a folder, such as ``fp16``; those without a variant unless given.
+        sha256: What a single file's SHA-256 must be, 64 hexadecimal digits; then all of it is read.
 
     Raises:
         UnreadableError: If the file can't be opened.
         CorruptError: If it contradicts itself.
         HostileError: If it is a pickle that wants to run something, or a folder with a link that leads out of it.
         UnsupportedError: If it is nothing that can be read.
-        UsageError: If a variant of a single file is asked for.
+        MismatchError: If its SHA-256 is another.
+        UsageError: If a variant of a single file is asked for, or the SHA-256 of a folder.
     """
+    if sha256 is not None:
+        return _verified(open_checkpoint(path, variant), sha256)
     if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, also of names that are too long
         return folders.read(Path(path), variant, _read)
     if variant is not None:
         raise UsageError(f"a single file has no variant {variant!r}", remedy="leave the variant out, or name a folder")
     return _read(SourceFile(path))
+
+
+def hashed(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the SHA-256 of the single file that it was opened from, for records of its use."""
+    origin = checkpoint.origin
+    if origin is None or origin.file is None or origin.computed_sha256:
+        return checkpoint
+    with progress.task(f"hashing {origin.path.name}", origin.file.size) as advance:
+        found = sha256_of(origin.file.whole, advance)
+    origin.file.check_unchanged()
+    return replace(checkpoint, origin=replace(origin, computed_sha256=found))
+
+
+def _verified(checkpoint: Checkpoint, sha256: str) -> Checkpoint:
+    """The checkpoint, if its file has that hash."""
+    if checkpoint.folder is not None:
+        raise UsageError("a folder has no SHA-256", file=checkpoint.path, remedy="verify it with a manifest")
+    found = hashed(checkpoint)
+    seen = found.origin.sha256 if found.origin else None
+    if seen != sha256.lower():
+        message = f"its SHA-256 is {seen}, and {sha256} was expected"
+        raise MismatchError(message, file=checkpoint.path, remedy="get the right file, or correct the hash")
+    return found
 
 
 def _read(file: SourceFile) -> Checkpoint:

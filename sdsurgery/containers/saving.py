@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import history, progress
 from ..checkpoint import Change, Checkpoint, Tensor
 from ..errors import OutputError, OutputExistsError, UnsupportedError, UsageError
-from ..sources import Data, FileSlice, InMemory, Joined, SourceFile, joined
+from ..sources import Data, FileSlice, InMemory, Joined, joined
 from . import folders, safetensors
 from .writing import AtomicFile
 
@@ -26,6 +26,10 @@ SUFFIXES = {
 """What a file's name says about its container; any other name is a folder's."""
 
 _OTHER_FORMATS = {".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".zip", ".tar", ".gz", ".json", ".yaml", ".txt"}
+
+
+_UNKNOWN = dict(zip(history.HASH_KEYS, ("0x" + "?" * 64, "?" * 64), strict=False))
+"""What stands for the hashes of the tensors until those are written; as long as what they will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def container_for(path: str | os.PathLike[str]) -> str:
     return SUFFIXES.get(suffix, folders.NAME)
 
 
-def save(
+def save(  # noqa: PLR0913 - a word for each thing that people ask for
     checkpoint: Checkpoint,
     path: str | os.PathLike[str],
     *,
@@ -68,6 +72,7 @@ def save(
     in_place: bool = False,
     variant: str | None = None,
     shard_size: int | None = None,
+    hashes: bool = False,
 ) -> Saved:
     """Write a checkpoint, in the container that the name's suffix tells.
 
@@ -85,6 +90,8 @@ def save(
         variant: What stands in the names of a folder's weights, such as ``fp16``.
         shard_size: Bytes that a file of a folder's weights may have before it is split. Without this and ``variant``,
             a folder's weights keep the names and the distribution that they had.
+        hashes: Put the hash of the tensors into the metadata, as ModelSpec and kohya's tools have it. Only a
+            safetensors file has one; of others this asks nothing.
 
     Raises:
         OutputExistsError: If the name is taken and nothing allows to replace it.
@@ -103,7 +110,7 @@ def save(
         return folder_writing.write(checkpoint, target, plan, replace=force or in_place)
     if variant is not None or shard_size is not None:
         raise UsageError("a single file has no variant and no shards", remedy="name a folder, without a suffix")
-    dropped, metadata = _metadata(checkpoint, container)
+    dropped, metadata = _metadata(checkpoint, container, hashes=hashes)
     if container == safetensors.NAME:
         content = _content(checkpoint, metadata)
         expected = sum(part.nbytes for part in content)
@@ -119,6 +126,10 @@ def save(
     ):
         if container == safetensors.NAME:
             out.append(*content)
+            if metadata.get(history.HASH_KEYS[0]) == _UNKNOWN[history.HASH_KEYS[0]]:
+                digest = out.sha256(content[0].nbytes)
+                known = {name: text.replace("?" * 64, digest) for name, text in _UNKNOWN.items()}
+                out.overwrite_start(_header(checkpoint, metadata | known))
         else:
             torch_zip.write(checkpoint, index, out)
         for file in checkpoint.files:
@@ -209,33 +220,34 @@ def taken(target: Path) -> OutputExistsError:
     return OutputExistsError("it exists already", file=target, remedy="use --force, or choose another name with -o")
 
 
-def losses(checkpoint: Checkpoint, target: Path, *, in_place: bool = False) -> tuple[Change, ...]:
+def losses(checkpoint: Checkpoint, target: Path, *, in_place: bool = False, hashes: bool = False) -> tuple[Change, ...]:
     """What saving the checkpoint there would not carry over; see :attr:`Saved.changes`."""
     container = target_container(checkpoint, target, in_place=in_place)
     if container == folders.NAME:
         from . import folder_writing
 
         return folder_writing.plan(checkpoint, target, in_place=in_place).changes
-    return _metadata(checkpoint, container)[0]
+    return _metadata(checkpoint, container, hashes=hashes)[0]
 
 
-def _metadata(checkpoint: Checkpoint, container: str) -> tuple[tuple[Change, ...], dict[str, str]]:
+def _metadata(checkpoint: Checkpoint, container: str, *, hashes: bool) -> tuple[tuple[Change, ...], dict[str, str]]:
     """The metadata to write, and what can't be carried over."""
     dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
     if checkpoint.folder:
         dropped.extend(Change(name, "dropped", "file of its folder") for name in checkpoint.folder.files)
-    metadata = with_history(checkpoint, checkpoint.origin.file if checkpoint.origin else None)
-    if not (container == safetensors.NAME and (checkpoint.header or _keeps_data(checkpoint))):
+    metadata = with_history(checkpoint)
+    if hashes and container == safetensors.NAME and not checkpoint.header:
+        metadata = {"format": "pt", **metadata, **_UNKNOWN}
+    elif not (container == safetensors.NAME and (checkpoint.header or _keeps_data(checkpoint))):
         dropped.extend(drop_hashes(metadata))
     return tuple(dropped), metadata
 
 
-def with_history(checkpoint: Checkpoint, source: SourceFile | None) -> dict[str, str]:
+def with_history(checkpoint: Checkpoint) -> dict[str, str]:
     """The metadata, with what was done to the file."""
     if checkpoint.as_it_was:
         return dict(checkpoint.metadata)
-    known = source.known_sha256 if source else None
-    return history.with_history(checkpoint.metadata, checkpoint.steps, **({"source_sha256": known} if known else {}))
+    return history.with_history(checkpoint.metadata, checkpoint.steps, checkpoint.origin)
 
 
 def drop_hashes(metadata: dict[str, str]) -> list[Change]:
@@ -254,7 +266,16 @@ def _content(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> tuple[Data,
 def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[Data, ...]:
     """What a safetensors file with these tensors consists of: a header, and runs of bytes."""
     ordered = safetensors.in_file_order(tensors)
-    return (InMemory(safetensors.header(ordered, metadata)), *_runs(tensor for _, tensor in ordered))
+    return (InMemory(_header(tensors, metadata)), *_runs(tensor for _, tensor in ordered))
+
+
+def header_of(checkpoint: Checkpoint) -> bytes:
+    """The header, with its length in front, of the safetensors file that :func:`save` makes of a checkpoint."""
+    return _header(checkpoint.tensors, _metadata(checkpoint, safetensors.NAME, hashes=False)[1])
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    return safetensors.header(safetensors.in_file_order(tensors), metadata)
 
 
 def _keeps_data(checkpoint: Checkpoint) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import itertools
 import os
@@ -34,6 +35,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What copy_file_range answers where it can't copy between these two files; EIO among them, because only reading and
 # writing by ourselves tells which of the two disks is broken.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.EIO}
+
+
+_HASHED_AT_ONCE = 1 << 20
 
 
 class OutputFile:
@@ -71,6 +75,22 @@ class OutputFile:
                     piece = piece[count:]
                     self._advance(count)
         return len(view)
+
+    def sha256(self, start: int) -> str:
+        """Of all that was written from an offset on."""
+        digest = hashlib.sha256()
+        with _reporting(self.path):
+            os.lseek(self._fd, start, os.SEEK_SET)
+            while piece := os.read(self._fd, _HASHED_AT_ONCE):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def overwrite_start(self, content: bytes) -> None:
+        """Put other bytes in the place of the first ones; then the file is whole."""
+        with _reporting(self.path):
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            while content:
+                content = content[os.write(self._fd, content) :]
 
     def append(self, *parts: Data) -> None:
         """Append tensors' bytes: those that lie in files are copied inside the kernel."""

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from .. import progress
+from ..digests import legacy_hash
 from ..sources import SourceFile
 
 _CHUNK = 4 << 20
 _AHEAD = 4
-
-_LEGACY_OFFSET = 0x100000
-_LEGACY_LENGTH = 0x10000
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +97,10 @@ def hash_file(file: SourceFile, data_offset: int | None = None) -> FileHashes:
             if data_offset is not None and offset + len(chunk) > data_offset:
                 to_data.feed(chunk[max(0, data_offset - offset) :])
     file.check_unchanged()
-    legacy = file.read(_LEGACY_OFFSET, min(_LEGACY_LENGTH, max(0, file.size - _LEGACY_OFFSET)))
     data_digest = data.hexdigest() if data_offset is not None else None
     return FileHashes(
         sha256=whole.hexdigest(),
-        autov1=hashlib.sha256(legacy).hexdigest()[:8],
+        autov1=legacy_hash(file),
         autov2=whole.hexdigest()[:10],
         autov3=data_digest[:12] if data_digest else None,
         tensor_data_sha256=data_digest,

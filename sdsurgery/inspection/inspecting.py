@@ -96,7 +96,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         container=origin.container if origin else "memory",
         layout=model.layout,
         family=model.family,
-        evidence=model.evidence,
+        evidence=(*model.evidence, *(_adapter(checkpoint) if model.layout == "unknown" else ())),
         file_bytes=sum(file.size for file in checkpoint.files),
         tensors=checkpoint.tensors,
         components={name: _report(checkpoint, found, model.wrapper) for name, found in model.components.items()},
@@ -105,6 +105,13 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         history=history.recorded(checkpoint.metadata) + [history.describe(step) for step in checkpoint.steps],
         aside=checkpoint.aside,
     )
+
+
+def _adapter(checkpoint: Checkpoint) -> list[str]:
+    """What a file that is no model is, if it is a LoRA."""
+    from ..adapters.describing import described
+
+    return described(checkpoint)
 
 
 def _report(checkpoint: Checkpoint, component: Component, wrapper: str) -> ComponentReport:

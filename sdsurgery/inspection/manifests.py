@@ -7,7 +7,6 @@ gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 
 from .. import __version__, progress
 from ..checkpoint import Checkpoint
+from ..digests import sha256_of
 from ..errors import CorruptError, MismatchError
 from ..models.canonical import Canonical, canonical
 from ..models.identify import identify
@@ -83,7 +83,7 @@ def manifest(checkpoint: Checkpoint) -> Manifest:
     files = {name: found[name] for name in sorted(found)}
     total = sum(data.nbytes for data in files.values()) + sum(item.tensor.nbytes for item in items)
     with progress.task(f"reading {len(items)} tensors", total) as advance, ThreadPoolExecutor(_THREADS) as pool:
-        whole = [pool.submit(_sha256, data) for data in files.values()]
+        whole = [pool.submit(sha256_of, data) for data in files.values()]
         single = [pool.submit(_entry, item) for item in items]
         tensors = []
         for item, future in zip(items, single, strict=True):
@@ -99,11 +99,9 @@ def manifest(checkpoint: Checkpoint) -> Manifest:
 
 def files_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Data]]:
     """The files of a model by name; of a folder also configs and tokenizers, but not what it isn't made of."""
-    from ..sources import FileSlice
-
     origin = checkpoint.origin
     if origin and origin.file:
-        yield origin.file.path.name, FileSlice(origin.file, 0, origin.file.size)
+        yield origin.file.path.name, origin.file.whole
     if checkpoint.folder:
         yield from checkpoint.folder.files.items()
         yield from checkpoint.folder.indexes.items()
@@ -112,14 +110,7 @@ def files_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Data]]:
         for weights in checkpoint.folder.weights:
             file = weights.checkpoint.origin.file if weights.checkpoint.origin else None
             if file:
-                yield weights.name, FileSlice(file, 0, file.size)
-
-
-def _sha256(data: Data) -> str:
-    digest = hashlib.sha256()
-    for piece in sweep((data,), _CHUNK):
-        digest.update(piece)
-    return digest.hexdigest()
+                yield weights.name, file.whole
 
 
 def _entry(item: Canonical) -> TensorEntry:

@@ -40,17 +40,24 @@ class Engine:
 
     def in_step(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[torch.Tensor]]:
         """The elements of tensors of one size in the type that is computed in, as many of each at a time."""
-        kinds = [_torch_type(tensor.dtype) for tensor in tensors]
+        kinds = [torch_type(tensor.dtype) for tensor in tensors]
         streams = [pieces(tensor.data, _ELEMENTS * tensor.dtype.itemsize) for tensor in tensors]
         for found in zip(*streams, strict=True):
-            yield [self._given(piece, kind) for piece, kind in zip(found, kinds, strict=True)]
+            yield [self.given(piece, kind) for piece, kind in zip(found, kinds, strict=True)]
 
-    def _given(self, piece: bytes | bytearray, kind: torch.dtype) -> torch.Tensor:
+    def whole(self, tensor: Tensor) -> torch.Tensor:
+        """All of a tensor in the type that is computed in."""
+        found: torch.Tensor = tensor.torch()
+        return found.to(self.device, _COMPUTE_TYPES[self.compute])
+
+    def given(self, piece: bytes | bytearray, kind: torch.dtype) -> torch.Tensor:
+        """The elements in a piece of a tensor, in the type that is computed in."""
         whole = piece if isinstance(piece, bytearray) else bytearray(piece)
         return torch.frombuffer(whole, dtype=kind).to(self.device, _COMPUTE_TYPES[self.compute], copy=True)
 
 
-def _torch_type(dtype: DType) -> torch.dtype:
+def torch_type(dtype: DType) -> torch.dtype:
+    """Torch's name of a type that can be computed with."""
     kind = getattr(torch, dtype.torch or "", None)
     assert isinstance(kind, torch.dtype), dtype  # noqa: S101 - what can't be computed with was refused before
     return kind
@@ -70,11 +77,11 @@ def blended(
             the first tensor keeps its further ones. So merge tools treat models with more inputs than others, such as
             inpainting's with mask and masked picture.
     """
-    kind, whole = _torch_type(target), tensors[0]
+    kind, whole = torch_type(target), tensors[0]
     given = first_inputs(tensors, channels)
 
     def produce(_size: int) -> Iterator[Buffer]:
-        with _one_thread():
+        with one_thread():
             compute = formula.over(lambda: engine.in_step(given))
             start = filled = 0
             room = torch.empty(0)
@@ -101,7 +108,7 @@ def blended(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Have torch use the calling thread alone: pieces are small, and another thread writes them meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,7 +6,6 @@ wrong one passes every check of names and draws in wrong colours. What tells the
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 
 from .. import history
 from ..checkpoint import Checkpoint
+from ..digests import sha256_of
 from ..sources import SourceFile
 from .configs import documents
 from .identify import Model
@@ -24,6 +24,8 @@ _ARCHITECTURES = {
     "stable-diffusion-xl-v1-refiner": "sdxl-refiner",
     "stable-diffusion-xl-v1": "sdxl",
 }
+"""By how ModelSpec's names of them begin, the longer beginnings first."""
+
 VAE_FAMILY = "vae_family"
 """The fact that a step records when it brings in a VAE whose family is known."""
 
@@ -73,7 +75,7 @@ def known_file(file: SourceFile) -> KnownFile | None:
     """The published file that this one is; it is read only if it has the size of one."""
     if all(file.size != known.size for known in _files().values()):
         return None
-    return _files().get(sha256_of(file))
+    return _files().get(sha256_of(file.whole))
 
 
 def latent_space(family: str) -> str | None:
@@ -115,11 +117,3 @@ def provenance_of_vae(checkpoint: Checkpoint, model: Model) -> Provenance:
 def _parameter(step: dict[str, Any], name: str) -> Any:
     parameters = step.get("parameters")
     return parameters.get(name) if isinstance(parameters, dict) else None
-
-
-def sha256_of(file: SourceFile) -> str:
-    """The SHA-256 of a whole file, in hexadecimal."""
-    digest = hashlib.sha256()
-    for start in range(0, file.size, 1 << 20):
-        digest.update(file.read(start, min(1 << 20, file.size - start)))
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 from .. import progress
 from ..checkpoint import Checkpoint, Tensor
 from ..containers import safetensors
+from ..containers.saving import header_of
 from ..dtypes import BY_NAME
 from ..errors import CorruptError, MismatchError
 from ..sources import sweep
@@ -72,7 +73,8 @@ def make(original: Checkpoint, back: Mapping[str, Tensor]) -> Checkpoint:
     """The sidecar of a file.
 
     Args:
-        original: The file as it was opened.
+        original: The file as it was opened; where something was changed since, the safetensors file that saving makes
+            of it.
         back: What converting back gives by itself, of the original's own data.
     """
     by_data: dict[Any, str] = {(tensor.dtype.name, tensor.data): key for key, tensor in back.items() if tensor.nbytes}
@@ -159,6 +161,9 @@ def _metadata(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _header_text(original: Checkpoint) -> str | None:
+    """The header of the file, or of the one that would be saved of what was changed since."""
+    if original.changes:
+        return header_of(original)[8:].decode()
     origin = original.origin
     if origin is None or origin.file is None or origin.data_offset is None:
         return None

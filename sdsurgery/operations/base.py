@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
+from .. import history
 from ..checkpoint import Checkpoint, Input
 from ..containers import open as open_checkpoint
 from ..errors import UsageError
@@ -79,6 +80,13 @@ class Operation(ABC):
         """Files besides models that it reads, which no output may replace."""
         return ()
 
+    def check(self) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuse parameters that make no sense whatever the model; the call does so, too.
+
+        Raises:
+            UsageError: Names what is wrong.
+        """
+
     @abstractmethod
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint after this operation; nothing is written, and no weight read that needn't be."""
@@ -92,6 +100,19 @@ class Operation(ABC):
             if get_origin(hint) is Annotated:
                 kind, *extras = get_args(hint)
                 yield Declared(field, kind, next(extra for extra in extras if isinstance(extra, Param)))
+
+    def with_sources(self, opened: Callable[[Any], Checkpoint]) -> Self:
+        """The same operation with its sources opened.
+
+        Args:
+            opened: Makes a checkpoint of what was given for one.
+        """
+        found: dict[str, Any] = {}
+        for declared in self.declared():
+            value = getattr(self, declared.field.name)
+            if value is not None and names_checkpoints(declared.type):
+                found[declared.field.name] = tuple(map(opened, value)) if isinstance(value, tuple) else opened(value)
+        return replace(self, **found) if found else self  # type: ignore[type-var]
 
     def parameters(self) -> dict[str, Any]:
         """Its parameters as they are recorded: those that aren't the default, with files by name alone."""
@@ -115,9 +136,14 @@ def _names_files(annotation: Any) -> bool:
     return origin in {os.PathLike, Path} or any(map(_names_files, get_args(annotation)))
 
 
+def names_checkpoints(annotation: Any) -> bool:
+    """Whether values of a type may be checkpoints."""
+    return annotation is Checkpoint or any(map(names_checkpoints, get_args(annotation)))
+
+
 def _recorded(value: Any, *, files: bool) -> Any:
     if isinstance(value, Checkpoint):
-        return value.path.name if value.path else "in memory"
+        return value.origin.name if value.origin else "in memory"
     if files and isinstance(value, str | os.PathLike):
         return PureWindowsPath(value).name  # which knows the separators of every system
     return [_recorded(each, files=files) for each in value] if isinstance(value, tuple) else value
@@ -129,8 +155,9 @@ def opened(source: Source) -> Checkpoint:
 
 
 def input_record(checkpoint: Checkpoint, sha256: str | None = None) -> tuple[Input, ...]:
-    """How a further file is recorded."""
-    if checkpoint.origin is None:
-        return (Input("in memory"),)
-    file = checkpoint.origin.file
-    return (Input(checkpoint.origin.path.name, sha256 or (file.known_sha256 if file else None)),)
+    """How a further checkpoint is recorded: its file, how that was made, and what was done to it since."""
+    made, steps = tuple(history.made(checkpoint.metadata)), tuple(history.applied(checkpoint.steps))
+    origin = checkpoint.origin
+    if origin is None:
+        return (Input("in memory", None, made, steps),)
+    return (Input(origin.name, sha256 or origin.sha256, made, steps),)

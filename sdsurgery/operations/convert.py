@@ -99,8 +99,8 @@ class Convert(Operation):
         """What is named with ``config``."""
         return (Path(self.config),) if self.config else ()
 
-    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        """See :class:`Convert`."""
+    def check(self) -> None:
+        """Refuse options of another target."""
         if self.sidecar is not None and self.to != "ldm":
             raise UsageError("a sidecar is what a single file is restored with", remedy="leave it out")
         of_graphs = (self.weights, self.layout, self.opset, self.compute, self.no_hard_links, self.optimize)
@@ -108,6 +108,10 @@ class Convert(Operation):
             raise UsageError(
                 "only ONNX graphs are told how to be made", remedy="leave the option out, or convert to onnx"
             )
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See :class:`Convert`."""
+        self.check()
         model = identify(checkpoint)
         stated = stated_about(checkpoint, model, self.config)
         if self.prediction_type:

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from .. import progress
 from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
 from ..dtypes import CAST_TARGETS
-from ..errors import RefusedError, UnsupportedError, UsageError
+from ..errors import RefusedError, UsageError
+from ..merging import webui
 from ..merging.matching import Job, Matching, called
 from ..merging.ratios import ratios
+from ..models import modelspec
 from ..models.identify import Model, identify
 from ..values import largest
 from .base import Operation, Param, Source, input_record, opened
 from .cast import LARGEST, DTypeName, cast_tensor
+from .computing import ComputeName, DeviceName, engine, without_averages
 from .fix_clip import put_right_ids
 from .grafts import MergeVae
 
 if TYPE_CHECKING:
-    from ..merging.blending import Engine
     from ..merging.methods import Formula
 
 Method = Literal[
     "weighted-sum", "add-difference", "linear", "slerp", "ties", "dare", "train-difference", "cosine-adaptive"
 ]
-ComputeName = Literal["fp32", "fp64"]
-DeviceName = Literal["cpu", "cuda"]
 
 _MOST_MODELS = 99
 
@@ -125,10 +125,10 @@ class Merge(Operation):
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """See :class:`Merge`."""
-        self._check()
+        self.check()
         model, others = identify(checkpoint), [opened(source) for source in self.models]
         run = _Run(self, Matching(checkpoint, model, others, CAST_TARGETS[self.dtype] if self.dtype else None))
-        tensors, changes = _without_averages(checkpoint, model)
+        tensors, changes = without_averages(checkpoint, model)
         for job, tensor in run.results():
             old = checkpoint[job.place.key]
             if tensor is not old:
@@ -139,8 +139,25 @@ class Merge(Operation):
         changes += put_right_ids(tensors, checkpoint, model)
         inputs = tuple(record for other in others for record in input_record(other))
         step = Step(self.name, self._recorded(), tuple(changes), tuple(run.notes), inputs)
-        merged = checkpoint.evolve(tensors, step)
+        metadata = dict(checkpoint.metadata)
+        if any(change.kind == "replaced" for change in changes):
+            metadata |= self._told(checkpoint, model, others)
+        merged = checkpoint.evolve(tensors, step, metadata=metadata)
         return merged if self.vae is None else MergeVae(self.vae, force=self.force)(merged)
+
+    def _told(self, checkpoint: Checkpoint, model: Model, others: Sequence[Checkpoint]) -> dict[str, str]:
+        """Metadata that tell of the merge, as A1111's webui and ModelSpec have it."""
+        models = (checkpoint, *others)
+        options = {name: value for name, value in self._recorded().items() if name not in {"models", "method", "alpha"}}
+        vae = self.parameters().get("vae")
+        half = self.dtype == "fp16"
+        found = webui.record(webui.Merged(models, self.method, self.amount, model.family, vae, half, options))
+        fields = modelspec.required(checkpoint, model)
+        if fields:
+            titles = [modelspec.title_of(each) for each in models]
+            fields |= {"sai_model_spec": modelspec.VERSION, "merged_from": ", ".join(titles)}
+            fields["title"] = webui.title(titles, self.method, self.amount)
+        return found | {modelspec.PREFIX + name: value for name, value in fields.items()}
 
     @property
     def amount(self) -> float:
@@ -177,7 +194,7 @@ class Merge(Operation):
             told["seed"] = self.seed or 0
         return told
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Refuse options that the method doesn't have, and numbers that make no sense."""
         kind = _KINDS[self.method]
         if not kind.least <= len(self.models) <= kind.most:
@@ -245,7 +262,7 @@ class _Run:
         self.notes = matching.notes
         where = [job.place for job in self.jobs]
         self.ratios = ratios(operation.amount, operation.blocks, operation.at, where)
-        self.engine = _engine(operation)
+        self.engine = engine(operation.name, operation.compute_dtype, operation.device)
 
     def results(self) -> list[tuple[Job, Tensor]]:
         """Each tensor as it will be; one that stays is the very one.
@@ -363,29 +380,3 @@ class _Run:
         from ..merging.blending import blended
 
         return blended(job.tensors, job.target, formula, self.engine, channels=job.channels)
-
-
-def _engine(operation: Merge) -> Engine:
-    """What computes.
-
-    Raises:
-        UnsupportedError: If torch is missing, or finds no GPU where one is asked for.
-    """
-    try:
-        from ..merging.blending import Engine
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"merge needs {error.name}", remedy="pip install 'sdsurgery[torch]'") from error
-    if operation.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UnsupportedError("torch finds no GPU to compute on", remedy="leave --device out")
-    return Engine(operation.compute_dtype, operation.device)
-
-
-def _without_averages(checkpoint: Checkpoint, model: Model) -> tuple[dict[str, Tensor], list[Change]]:
-    """The tensors but for the averaged weights of the first model, which aren't those of the result."""
-    averages = set(model.components["ema"].all_keys()) if "ema" in model.components else set()
-    kept = {key: tensor for key, tensor in checkpoint.items() if key not in averages}
-    reason = "averaged weights of the first model alone"
-    return kept, [Change(key, "dropped", f"{checkpoint[key]}: {reason}") for key in checkpoint if key in averages]

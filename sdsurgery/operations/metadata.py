@@ -25,8 +25,12 @@ class Metadata(Operation):
     ] = ()
     drop: Annotated[tuple[str, ...], Param("A field to take out; may be given several times.", metavar="KEY")] = ()
 
-    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        """See :class:`Metadata`."""
+    def check(self) -> None:
+        """Refuse fields without a value, those named twice, and our own record."""
+        self._wanted()
+
+    def _wanted(self) -> dict[str, str | None]:
+        """What each field is to hold; ``None`` for those to drop."""
         wanted: dict[str, str | None] = dict.fromkeys(self.drop)
         for text in self.set:
             key, equals, value = text.partition("=")
@@ -39,6 +43,11 @@ class Metadata(Operation):
             raise UsageError("no field is named", remedy="name one with --set KEY=VALUE or --drop KEY")
         if METADATA_KEY in wanted:
             raise UsageError(f"{METADATA_KEY!r} is the record of what was done", remedy="name another field")
+        return wanted
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """See :class:`Metadata`."""
+        wanted = self._wanted()
         metadata, changes, notes = dict(checkpoint.metadata), [], []
         for key, new in wanted.items():
             old = metadata.pop(key, None)

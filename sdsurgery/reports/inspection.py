@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..inspection import ComponentReport, Inspection
 from ..inspection.hashes import FileHashes
+from .making import making
 from .terminal import human_bytes, printable
 
 if TYPE_CHECKING:
@@ -137,10 +138,8 @@ def _metadata(console: Console, found: Inspection) -> None:
             continue
         shown = value if len(value) <= 100 else value[:99] + "…"
         console.print(Text(printable(f"metadata {key}: {shown}")))
-    for step in found.history:
-        changes = ", ".join(f"{count} {kind}" for kind, count in _mapping(step.get("changes")).items())
-        given = "".join(f" {name}={value}" for name, value in _mapping(step.get("parameters")).items())
-        console.print(Text(printable(f"history {step.get('operation')}{given}: {changes}")))
+    for line in making(found.history) if found.history else ():
+        console.print(Text(line))
 
 
 def _known(console: Console, known: Mapping[str, Sequence[Known]]) -> None:
@@ -157,8 +156,3 @@ def _known(console: Console, known: Mapping[str, Sequence[Known]]) -> None:
                     "evidence and no proof, for the figure is no hash"
                 )
             console.print(Text(printable(line)))
-
-
-def _mapping(value: Any) -> Mapping[Any, Any]:
-    """The value if it is a mapping: a record in somebody's metadata may hold anything."""
-    return value if isinstance(value, Mapping) else {}

@@ -26,8 +26,8 @@ def counted(count: int, word: str) -> str:
 
 def error(failure: SurgeryError) -> str:
     """One message: what is wrong, with which file and key, and what to do."""
-    remedy = f"\n  {printable(failure.remedy)}" if failure.remedy else ""
-    return f"sdsurgery: {printable(str(failure))}{remedy}"
+    more = [f"\n  {printable(line)}" for line in (*failure.details, failure.remedy) if line]
+    return f"sdsurgery: {printable(str(failure))}{''.join(more)}"
 
 
 def warnings(checkpoint: Checkpoint, lost: Collection[Change]) -> Iterator[str]:
@@ -42,15 +42,21 @@ def warnings(checkpoint: Checkpoint, lost: Collection[Change]) -> Iterator[str]:
 
 def steps(checkpoint: Checkpoint, lost: Collection[Change]) -> Iterator[str]:
     """What was done, operation by operation."""
-    for step in checkpoint.steps:
-        yield step.operation
-        yield from _step(step)
+    for each in checkpoint.steps:
+        yield each.operation
+        yield from step(each)
+    yield from not_carried_over(lost)
+
+
+def not_carried_over(lost: Collection[Change]) -> Iterator[str]:
+    """What the output doesn't hold."""
     if lost:
         yield "not carried over"
         yield from _changes(lost)
 
 
-def _step(step: Step) -> Iterator[str]:
+def step(step: Step) -> Iterator[str]:
+    """What one operation had to say, and what it did."""
     for note in step.notes:
         if note.level == "info":
             yield printable(f"  {note.message}")

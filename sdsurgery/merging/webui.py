@@ -1,0 +1,177 @@
+"""Merges as A1111's webui records them in a file's metadata: ``sd_merge_recipe`` and ``sd_merge_models``.
+
+Both are JSON texts. Their fields are those of ``run_modelmerger`` in ``modules/extras.py``; the first has our own name
+as its type, as other tools have theirs. ``sd_merge_models`` holds all ancestors that are known, flat, by their SHA-256:
+the recipes in it lead from one to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..checkpoint import Checkpoint
+from ..digests import legacy_hash
+
+RECIPE, MODELS = "sd_merge_recipe", "sd_merge_models"
+
+TYPE = "sdsurgery"
+_THEIRS = "webui"
+
+_INTERPOLATIONS = {"weighted-sum": "Weighted sum", "add-difference": "Add difference"}
+_NO_INTERPOLATION = "No interpolation"
+_NO_VAE = "None"
+_NOWHERE = 3
+"""``config_source`` of a merge that takes no config from any of the models."""
+
+_LONGEST = 1 << 20
+"""Characters of the longest map of ancestors that is handed on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merge.
+
+    Attributes:
+        models: A, B and on.
+        method: Our name of it.
+        multiplier: Alpha.
+        family: Of A, with its variant.
+        vae: The name of the VAE's file, if another is named.
+        half: Whether the result is in fp16 by choice.
+        options: What else counts; ``options`` in the recipe, which other tools pass over.
+    """
+
+    models: Sequence[Checkpoint]
+    method: str
+    multiplier: float
+    family: str
+    vae: str | None = None
+    half: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def record(merge: Merged) -> dict[str, str]:
+    """The metadata that tell of a merge."""
+    hashes = [_sha256(model) for model in merge.models]
+    given = dict(zip(("primary", "secondary", "tertiary"), hashes, strict=False))
+    recipe: dict[str, Any] = {
+        "type": TYPE,
+        **{f"{place}_model_hash": given.get(place) for place in ("primary", "secondary", "tertiary")},
+        "interp_method": _INTERPOLATIONS.get(merge.method, merge.method),
+        "multiplier": merge.multiplier,
+        "save_as_half": merge.half,
+        "custom_name": "",
+        "config_source": _NOWHERE,
+        "bake_in_vae": merge.vae or _NO_VAE,
+        "discard_weights": "",
+        "is_inpainting": merge.family.endswith("-inpainting"),
+        "is_instruct_pix2pix": merge.family.endswith("-pix2pix"),
+    }
+    if merge.options:
+        recipe["options"] = dict(sorted(merge.options.items()))
+    known: dict[str, Any] = {}
+    for model, sha256 in zip(merge.models, hashes, strict=True):
+        file = model.origin.file if model.origin else None
+        if sha256 and file and model.origin:
+            own = _parsed(model.metadata, RECIPE)
+            known[sha256] = {"name": model.origin.name, "legacy_hash": legacy_hash(file), RECIPE: own or None}
+        known |= _parsed(model.metadata, MODELS)
+    return {RECIPE: _text(recipe), MODELS: _text(known)}
+
+
+def title(models: Sequence[str], method: str, multiplier: float) -> str:
+    """What a merge is called, as the webui does it where it can."""
+    amount = f"{round(multiplier, 2):g}"
+    if method == "weighted-sum":
+        return f"{round(1 - multiplier, 2):g}({models[0]}) + {amount}({models[1]})"
+    if method == "add-difference":
+        return f"{models[0]} + {amount}({models[1]} - {models[2]})"
+    return f"{method} of {', '.join(models)}"
+
+
+def _sha256(model: Checkpoint) -> str | None:
+    """Of the model's file, if it is known, and the model is that file still."""
+    return model.origin.sha256 if model.origin and not model.changes else None
+
+
+def _parsed(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """What a file says there, if it is what others write: a JSON object."""
+    try:
+        found = json.loads(metadata.get(key, "{}")[:_LONGEST])
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+class Teller(Protocol):
+    """Who writes a recipe; see ``recipes/retelling.py``."""
+
+    def input(self, name: str, sha256: str | None = None) -> str:
+        """What an input is called in the recipe."""
+
+    def add(self, operation: str, parameters: Mapping[str, Any], source: str) -> str:
+        """One step; the name of its result."""
+
+    def named(self, result: str) -> str:
+        """A result under a name that other steps can use."""
+
+
+def retell(metadata: Mapping[str, str], teller: Teller, *, deep: bool) -> bool:
+    """Tell the steps of a merge that the webui recorded; whether there is one that could be told.
+
+    Args:
+        metadata: Of the merge.
+        teller: Who is told.
+        deep: Whether models that were merged themselves are merged anew.
+    """
+    recipe = _parsed(metadata, RECIPE)
+    if recipe.get("type") != _THEIRS:
+        return False
+    return _told(recipe, _parsed(metadata, MODELS), teller, deep=deep, within=()) is not None
+
+
+def _told(
+    recipe: Mapping[str, Any], models: Mapping[str, Any], teller: Teller, *, deep: bool, within: tuple[str, ...]
+) -> str | None:
+    """The name of the result of a recipe; ``None`` if it is one that can't be told."""
+    method, amount = recipe.get("interp_method"), recipe.get("multiplier")
+    names = []
+    for place in ("primary", "secondary", "tertiary"):
+        sha256 = recipe.get(f"{place}_model_hash")
+        entry = models.get(sha256) if isinstance(sha256, str) else None
+        if not isinstance(entry, dict) or not isinstance(sha256, str):
+            break
+        own = entry.get(RECIPE)
+        inner = None
+        if deep and isinstance(own, dict) and own.get("type") == _THEIRS and sha256 not in within:
+            inner = _told(own, models, teller, deep=deep, within=(*within, sha256))
+        names.append(inner or teller.input(_bare(str(entry.get("name", ""))), sha256))
+    ours = next((name for name, theirs in _INTERPOLATIONS.items() if theirs == method), None)
+    least = {_INTERPOLATIONS["weighted-sum"]: 2, _INTERPOLATIONS["add-difference"]: 3, _NO_INTERPOLATION: 1}
+    if method not in least or len(names) < least[str(method)] or recipe.get("discard_weights"):
+        return None
+    result = names[0]
+    if ours is not None:
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not math.isfinite(amount):
+            return None
+        others = [teller.named(name) for name in names[1 : least[str(method)]]]
+        result = teller.add("merge", {"models": others, "method": ours, "alpha": amount}, result)
+    vae = recipe.get("bake_in_vae")
+    if isinstance(vae, str) and vae and vae != _NO_VAE:
+        result = teller.add("merge-vae", {"vae": teller.input(_bare(vae))}, result)
+    if recipe.get("save_as_half") is True:
+        result = teller.add("cast", {"dtype": "fp16"}, result)
+    return result
+
+
+def _bare(name: str) -> str:
+    """A name without folders."""
+    return name.replace("\\", "/").rpartition("/")[2]
