@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -111,21 +112,26 @@ def make(folder: Path, family: str, dtype: str, name: str, *options: str) -> Pat
     return path
 
 
-def command(races: Callable[[Path], Iterable[Race]]) -> click.Command:
-    """The command of a benchmark, which runs its races and prints their tables in Markdown."""
+def command(races: Callable[..., Iterable[Race]], *options: Callable[[Any], Any]) -> click.Command:
+    """The command of a benchmark, which runs its races and prints their tables in Markdown.
+
+    ``races`` gets the folder, and by name what further options say.
+    """
 
     @click.command()
     @click.argument("folder", type=click.Path(path_type=Path))
     @click.option("--rounds", default=5, show_default=True)
     @click.option("--only", multiple=True, help="Only races whose name contains this.")
-    def main(folder: Path, rounds: int, only: tuple[str, ...]) -> None:
+    def main(folder: Path, rounds: int, only: tuple[str, ...], **more: Any) -> None:
         """Run the races and print their tables in Markdown."""
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in races(folder):
+        for entry in races(folder, **more):
             if only and not any(word in entry.name for word in only):
                 continue
             print(f"\n**{entry.name}** ({rounds} rounds)\n")
             print("| | median | range | ratio | peak memory |\n|---|---|---|---|---|")
             print("\n".join(race(entry, rounds)), flush=True)
 
+    for option in options:
+        main = option(main)
     return main
