@@ -35,6 +35,23 @@ def merge(one: str, other: str, target: str) -> None:
     save_file(ours, target, metadata={"format": "pt"})
 
 
+def bake_lora(model: str, lora: str, names: str, target: str) -> None:
+    """All loaded, each product computed in fp32 and added, all saved.
+
+    ``names`` is a JSON file that tells the model's key by the LoRA's name.
+    """
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    state, matrices = load_file(model), load_file(lora)
+    for name, key in json.loads(Path(names).read_text()).items():
+        weight, down, up = state[key], matrices[f"{name}.lora_down.weight"], matrices[f"{name}.lora_up.weight"]
+        delta = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
+        state[key] = (weight.float() + delta * (0.8 * matrices[f"{name}.alpha"].item() / len(down))).to(weight.dtype)
+    save_file(state, target, metadata={"format": "pt"})
+
+
 def to_folder(source: str, config: str, target: str) -> None:
     """diffusers' own way from a single file to a folder, with a local config."""
     import torch
@@ -220,6 +237,6 @@ def hashes(path: str) -> None:
 if __name__ == "__main__":
     scripts = {
         "fix": fix, "hash": hashes, "to-folder": to_folder, "to-file": to_file, "diff": diff, "digests": digests,
-        "merge": merge, "export-unet": export_unet, "export-pipeline": export_pipeline,
+        "merge": merge, "bake-lora": bake_lora, "export-unet": export_unet, "export-pipeline": export_pipeline,
     }  # fmt: skip
     scripts[sys.argv[1]](*sys.argv[2:])

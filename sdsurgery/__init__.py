@@ -9,14 +9,29 @@ __version__ = "0.1.0"
 from .checkpoint import Change, Checkpoint, Note, Step, Tensor
 from .containers import Saved, open, save  # noqa: A004 - sd.open is the verb
 from .errors import SurgeryError
-from .operations import Cast, Convert, Extract, FixClip, Merge, MergeVae, Metadata, Prune, Replace, sidecar_of
+from .operations import (
+    BakeLora,
+    Cast,
+    Convert,
+    Extract,
+    ExtractLora,
+    FixClip,
+    Merge,
+    MergeVae,
+    Metadata,
+    Prune,
+    Replace,
+    sidecar_of,
+)
 
 __all__ = [
+    "BakeLora",
     "Cast",
     "Change",
     "Checkpoint",
     "Convert",
     "Extract",
+    "ExtractLora",
     "FixClip",
     "Merge",
     "MergeVae",

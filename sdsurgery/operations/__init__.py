@@ -1,8 +1,10 @@
 """Operations: checkpoint to checkpoint, each declared once."""
 
+from .bake_lora import BakeLora
 from .base import Operation, Param
 from .cast import Cast
 from .convert import Convert, sidecar_of
+from .extract_lora import ExtractLora
 from .fix_clip import FixClip
 from .grafts import Extract, MergeVae, Replace
 from .merge import Merge
@@ -11,15 +13,17 @@ from .prune import Prune
 
 OPERATIONS: dict[str, type[Operation]] = {
     operation.name: operation
-    for operation in (FixClip, MergeVae, Merge, Extract, Replace, Prune, Cast, Metadata, Convert)
+    for operation in (FixClip, MergeVae, Merge, BakeLora, ExtractLora, Extract, Replace, Prune, Cast, Metadata, Convert)
 }
 """Every operation by the name that the command line and the records use."""
 
 __all__ = [
     "OPERATIONS",
+    "BakeLora",
     "Cast",
     "Convert",
     "Extract",
+    "ExtractLora",
     "FixClip",
     "Merge",
     "MergeVae",
