@@ -42,25 +42,23 @@ def demo() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     run(PYTHON, ROOT / "fixtures" / "break_miniature.py", folder / "anything-v3.safetensors")
-    shutil.copy(ROOT / "fixtures" / "captions.txt", folder)
+    for name in ("captions.txt", "story.yaml", "story.lock.json"):
+        shutil.copy(ROOT / "fixtures" / name, folder)
     shutil.copy(ROOT / "fixtures" / "miniature.safetensors", folder / "sound.safetensors")
-    drawn = "--prompts captions.txt -o"
     for title, words, code in (
-        ("The VAE of a sound model, as a file:", "extract sound.safetensors --component vae -o better.vae.pt", 0),
         ("What is in this merge?", "inspect anything-v3.safetensors", 0),
+        ("The VAE of a sound model, as a file:", "extract sound.safetensors --component vae -o better.vae.pt", 0),
         ("Swap the VAE:", "merge-vae anything-v3.safetensors better.vae.pt -o only-the-vae.safetensors", 0),
-        ("The same, and mend the position ids:",
-         "pipe anything-v3.safetensors -o anything-v3-1.safetensors merge-vae better.vae.pt + fix-clip", 0),
+        ("A recipe for all of it: VAE, position ids, a file, a folder for diffusers, ONNX graphs, and checks:",
+         "run story.yaml --dry-run", 0),
+        ("Make it, check that nothing is left to mend, draw with all three, and see that every byte is the locked one:",
+         "run story.yaml --locked", 0),
         ("Is anything left to mend?", "fix-clip --check anything-v3-1.safetensors", 0),
-        ("A folder for diffusers, with a sidecar of what it can't hold:",
-         "convert anything-v3-1.safetensors anything-v3-1 --sidecar", 0),
-        ("The very same file again:", "convert anything-v3-1 again.safetensors", 0),
-        ("ONNX graphs, on one copy of the weights:", "convert anything-v3-1 anything-v3-1-onnx --to onnx", 0),
-        ("Are all of them whole and sound?", "verify anything-v3-1.safetensors anything-v3-1 anything-v3-1-onnx", 0),
-        ("Do they draw the same pictures?",
-         f"parity anything-v3-1.safetensors anything-v3-1 anything-v3-1-onnx {drawn} parity", 0),
+        ("Back to the very same file:", "convert anything-v3-1 again.safetensors --sidecar", 0),
+        ("How was it made?", "inspect anything-v3-1.safetensors", 0),
         ("And what did the merge draw, and the merge with the other VAE?",
-         f"parity anything-v3-1.safetensors only-the-vae.safetensors anything-v3.safetensors {drawn} before-and-after",
+         ("parity anything-v3-1.safetensors only-the-vae.safetensors anything-v3.safetensors --prompts captions.txt "
+          "-o before-and-after"),
          1),
     ):  # fmt: skip
         print(f"\n# {title}\n$ sdsurgery {words}", flush=True)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sdsurgery.inspection.rules import RULES
+from sdsurgery.recipes.schema import schema
 
 VERIFY = Path(__file__).parent / "commands" / "verify.md"
 SCHEMA = Path(__file__).parent / "schemas" / "verify.json"
+RECIPE = Path(__file__).parent / "schemas" / "recipe.json"
 _BEGIN, _END = "<!-- rules -->\n", "<!-- end of rules -->\n"
 
 
@@ -42,6 +44,12 @@ def with_ids(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+def recipe_schema() -> str:
+    """The schema of recipes, which editors check them with."""
+    return json.dumps(schema(references=True), indent=2) + "\n"
+
+
 if __name__ == "__main__":
+    RECIPE.write_text(recipe_schema(), "utf-8")
     SCHEMA.write_text(json.dumps(with_ids(json.loads(SCHEMA.read_text("utf-8"))), indent=2) + "\n", "utf-8")
     VERIFY.write_text(with_rules(VERIFY.read_text("utf-8")), "utf-8")

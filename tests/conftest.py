@@ -63,6 +63,7 @@ class Result:
 
 _MARKS = {
     "error": "error",
+    "recipe": "run",
     "components": "inspect",
     "identical": "diff",
     "fingerprints": "fingerprint",

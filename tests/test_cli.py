@@ -31,6 +31,8 @@ COMMANDS = (
     "inspect",
     "fix-clip",
     "merge",
+    "bake-lora",
+    "extract-lora",
     "merge-vae",
     "extract",
     "replace",
@@ -44,10 +46,13 @@ COMMANDS = (
     "verify",
     "parity",
     "pipe",
+    "run",
+    "recipe",
 )
 
 # The options of each command in the contract, the issue and the pages of `docs/commands`.
-WRITING = {"-o", "--output", "--in-place", "--dry-run", "--json", "--force", "--quiet", "-q", "--debug", "--help", "-h"}
+WRITING = {"-o", "--output", "--in-place", "--dry-run", "--json", "--force", "--hash"}
+WRITING |= {"--quiet", "-q", "--debug", "--help", "-h"}
 OPTIONS = {
     "inspect": {"--tensors", "--hash", "--known", "--json", "--quiet", "-q", "--debug", "--help", "-h"},
     "fix-clip": WRITING | {"--target", "--reference", "--check"},
@@ -85,7 +90,13 @@ OPTIONS = {
     "merge": WRITING
     | {"--method", "--alpha", "--at", "--blocks", "--weight", "--density", "--seed", "--vae", "--dtype"}
     | {"--compute-dtype", "--device"},
+    "bake-lora": WRITING | {"--scale", "--at", "--blocks", "--dtype", "--compute-dtype", "--device"},
+    "extract-lora": WRITING
+    | {"--rank", "--energy", "--conv-rank", "--component", "--naming", "--dtype", "--compute-dtype", "--device"},
     "pipe": WRITING,
+    "run": {"--set", "--folder", "--lock", "--locked", "--dry-run", "--force", "--json"}
+    | {"--quiet", "-q", "--debug", "--help", "-h"},
+    "recipe": {"--help", "-h"},
 }
 
 
@@ -134,9 +145,9 @@ def test_version() -> None:
 
 
 def test_every_operation_is_a_command_and_documented() -> None:
-    questions = {"inspect", "diff", "fingerprint", "manifest", "verify", "parity"}
+    questions = {"inspect", "diff", "fingerprint", "manifest", "verify", "parity", "recipe"}
     assert (
-        {*OPERATIONS, *questions, "pipe"}
+        {*OPERATIONS, *questions, "pipe", "run"}
         == set(COMMANDS)
         == set(app.sdsurgery.list_commands(click.Context(app.sdsurgery)))
     )
@@ -213,15 +224,15 @@ def unreadable(what: str, folder: Path) -> Path:
     return path
 
 
-# A manifest is a document by itself, and verify goes on with the next model: see test_manifest.py.
+# A manifest is a document by itself, and verify goes on with the next model: see test_manifest.py; so is a recipe.
 @pytest.mark.parametrize("what", UNREADABLE)
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"manifest", "verify"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"manifest", "verify", "recipe"}))
 def test_an_unreadable_input_is_3(command: str, what: str, tmp_path: Path) -> None:
     path = unreadable(what, tmp_path)
     words: list[Any] = {
         "merge-vae": [VAE], "extract": ["--component", "vae"], "cast": ["fp16"], "pipe": ["--dry-run", "fix-clip"],
         "replace": ["--component", "vae", "--from", VAE], "convert": [tmp_path / "out"],
-        "diff": [OK], "merge": [OK],
+        "diff": [OK], "merge": [OK], "bake-lora": [OK], "extract-lora": [OK],
     }.get(command, [])  # fmt: skip
     told = cli(command, path, *words)
     assert (told.code, told.out) == (3, "")
@@ -239,6 +250,8 @@ def test_a_further_input_that_is_unreadable_is_3(what: str, tmp_path: Path) -> N
         ["merge-vae", OK, path],
         ["replace", OK, "--component", "vae", "--from", path],
         ["fix-clip", OK, "--reference", path],
+        ["bake-lora", OK, path],
+        ["extract-lora", OK, path],
     ):
         result = cli(*words, "-o", tmp_path / "out.safetensors", "--json")
         assert (result.code, result.json["error"]["file"]) == (3, str(path))

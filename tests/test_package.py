@@ -120,7 +120,7 @@ def test_extras_take_the_onnx_runtime_of_the_machine(wheel: Path, extra: str, ma
 
 def test_the_core_needs_neither_torch_nor_onnx(wheel: Path) -> None:
     assert required(wheel, "") == {
-        "blake3", "click", "jinja2", "junitparser", "ml-dtypes", "numpy", "pyyaml", "rich",
+        "blake3", "click", "jinja2", "jsonschema", "junitparser", "ml-dtypes", "numpy", "pyyaml", "rich",
     }  # fmt: skip
     assert "torch" in required(wheel, "torch")
     assert {"torch", "diffusers", "transformers"} <= required(wheel, "diffusers")
@@ -173,7 +173,7 @@ def test_the_fixtures_are_what_their_script_makes(tmp_path: Path) -> None:
         for path in FIXTURES.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc"}
     }
-    trained = {"miniature.safetensors", "washed-out.vae.safetensors", "captions.txt"}
+    trained = {"miniature.safetensors", "washed-out.vae.safetensors", "captions.txt", "story.yaml", "story.lock.json"}
     trained |= {name for name in there if name.startswith("miniature/")}
     assert trained < set(there)
     assert sum(path.stat().st_size for path in there.values()) < 40_000_000

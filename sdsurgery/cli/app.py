@@ -45,6 +45,8 @@ _PLACES = {
     "verify": ("verify", "verify_command"),
     "fix-clip": ("fix_clip", "fix_clip_command"),
     "merge": ("surgery", "surgery_command"),
+    "bake-lora": ("surgery", "surgery_command"),
+    "extract-lora": ("surgery", "surgery_command"),
     "merge-vae": ("surgery", "surgery_command"),
     "extract": ("surgery", "surgery_command"),
     "replace": ("surgery", "surgery_command"),
@@ -54,6 +56,8 @@ _PLACES = {
     "convert": ("convert", "convert_command"),
     "parity": ("parity", "parity_command"),
     "pipe": ("pipe", "pipe_command"),
+    "run": ("run", "run_command"),
+    "recipe": ("recipe", "recipe_command"),
 }
 """Each command's module, and what makes it there: the command itself, or a function that is told its name."""
 
