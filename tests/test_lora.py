@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import sdsurgery as sd
 from sdsurgery.adapters.fitting import fit
 from sdsurgery.adapters.naming import KOHYA_PREFIXES, names_in
-from sdsurgery.adapters.reading import open_adapter
+from sdsurgery.adapters.reading import read
 from sdsurgery.errors import MismatchError, RefusedError, SurgeryError, UnsupportedError, UsageError
 from sdsurgery.models.canonical import canonical
 from sdsurgery.models.identify import identify
@@ -711,7 +711,7 @@ def test_reading_a_lora_reads_no_matrix(tmp_path: Path) -> None:
         else sd.Tensor(tensor.dtype, tensor.shape, sd.sources.Computed(tensor.nbytes, unread))
         for key, tensor in tensors.items()
     }
-    found = fit(open_adapter(sd.Checkpoint(blind)), names_in(checkpoint, identify(checkpoint)))
+    found = fit(read(sd.Checkpoint(blind)), names_in(checkpoint, identify(checkpoint)))
     assert (len(found.patches), found.faults) == (4, [])
 
 

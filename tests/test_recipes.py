@@ -249,6 +249,17 @@ def test_outputs_of_different_weights_are_told(place: Path) -> None:
     assert "other differs from" in done.err
 
 
+def test_a_report_doesnt_replace_what_is_none(place: Path) -> None:
+    """Refused before anything is written."""
+    content = simple(["prune"], checks=[{"parity": {"report": "report"}}])
+    (place / "report").mkdir()
+    (place / "report" / "diary.txt").write_text("mine")
+    for words in ((), ("--force",), ("--dry-run",)):
+        done = cli("run", recipe(place, content), *words)
+        assert (done.code, "parity" in done.err) == (4, True)
+    assert not (place / "out.safetensors").exists()
+
+
 # ---------------------------------------------------------------- locks
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, Tensor
-from ..containers import open as open_checkpoint
 from ..errors import CorruptError, MismatchError, UnreadableError, UnsupportedError
 from .naming import PEFT_PREFIX
 
@@ -24,13 +22,6 @@ CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps the fields of PEFT's config, with the component's name in front of each."""
 
-_FILES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
-"""What PEFT and diffusers call the file in a LoRA's folder."""
 
 _LONGEST_CONFIG = 1 << 20
 
@@ -174,22 +165,13 @@ def looks_like(checkpoint: Checkpoint) -> bool:
     return bool(keys) and sum(_part(key) is not None for key in keys) > len(keys) / 2
 
 
-def open_adapter(source: str | os.PathLike[str] | Checkpoint) -> Adapter:
-    """Open a LoRA: a file, a folder that PEFT or diffusers wrote, or a checkpoint that is open.
+def read(checkpoint: Checkpoint) -> Adapter:
+    """The LoRA that a checkpoint is.
 
     Raises:
         MismatchError: If it is none.
         UnsupportedError: If its config can't be understood.
     """
-    if not isinstance(source, Checkpoint):
-        path = Path(source)
-        inside = next((path / name for name in _FILES if (path / name).is_file()), None)
-        source = open_checkpoint(inside or path)
-    return read(source)
-
-
-def read(checkpoint: Checkpoint) -> Adapter:
-    """The LoRA that a checkpoint is; see :func:`open_adapter`."""
     found: dict[str, dict[str, str]] = {}
     strange: dict[str, str] = {}
     for key in checkpoint:

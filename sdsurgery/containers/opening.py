@@ -27,13 +27,22 @@ _MISTAKEN = (
 )
 
 
+_OF_LORA = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
+"""What PEFT and diffusers call the file in a LoRA's folder."""
+
+
 def open_checkpoint(
     path: str | os.PathLike[str], variant: str | None = None, *, sha256: str | None = None
 ) -> Checkpoint:
     """Open a checkpoint; only its headers are read, unless it is to be a certain file.
 
     A file's container is told by its first bytes: safetensors, the zip format of ``torch.save``, or the legacy format.
-    A folder is a diffusers folder, or one component of it.
+    A folder is a diffusers folder, or one component of it; one that holds a LoRA stands for its file.
 
     Args:
         path: The file or the folder.
@@ -51,7 +60,8 @@ def open_checkpoint(
     if sha256 is not None:
         return _verified(open_checkpoint(path, variant), sha256)
     if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, also of names that are too long
-        return folders.read(Path(path), variant, _read)
+        lora = next((file for name in _OF_LORA if (file := Path(path, name)).is_file()), None)
+        return _read(SourceFile(lora)) if lora else folders.read(Path(path), variant, _read)
     if variant is not None:
         raise UsageError(f"a single file has no variant {variant!r}", remedy="leave the variant out, or name a folder")
     return _read(SourceFile(path))

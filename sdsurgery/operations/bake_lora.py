@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from .. import progress
 from ..adapters.fitting import Fitted, Patch, fit, made_for
 from ..adapters.naming import Names, every_place, names_in
-from ..adapters.reading import Adapter, open_adapter
+from ..adapters.reading import Adapter, read
 from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
 from ..dtypes import CAST_TARGETS, DType
 from ..errors import MismatchError, RefusedError, UnsupportedError, UsageError
@@ -22,7 +22,7 @@ from ..merging.ratios import Ratios, ratios
 from ..models.identify import Model, identify
 from ..values import largest
 from ..wording import listed
-from .base import Operation, Param, Source, input_record
+from .base import Operation, Param, Source, input_record, opened
 from .cast import LARGEST, DTypeName
 from .computing import ComputeName, DeviceName, engine, without_averages
 
@@ -80,8 +80,8 @@ class BakeLora(Operation):
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """See :class:`BakeLora`."""
-        self._check()
-        model, adapters = identify(checkpoint), [open_adapter(source) for source in self.loras]
+        self.check()
+        model, adapters = identify(checkpoint), [read(opened(source)) for source in self.loras]
         run = _Run(self, checkpoint, model, names_in(checkpoint, model))
         results = run.results(
             [run.patches(adapter, scale) for adapter, scale in zip(adapters, self._scales, strict=True)]
@@ -106,7 +106,8 @@ class BakeLora(Operation):
         given = self.scale or (1.0,)
         return given * len(self.loras) if len(given) == 1 else given
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse numbers that make no sense."""
         if not self.loras:
             raise UsageError("no LoRA is named", remedy="name one behind the model: bake-lora MODEL LORA")
         if len(self._scales) != len(self.loras):

@@ -16,6 +16,7 @@ from ..checkpoint import Change, Checkpoint, Note, Step, Tensor
 from ..dtypes import BY_NAME, CAST_TARGETS
 from ..errors import MismatchError, RefusedError, UnsupportedError, UsageError
 from ..merging.matching import called
+from ..models import modelspec
 from ..models.canonical import canonical
 from ..models.identify import Model, identify
 from ..sources import Computed, InMemory
@@ -36,9 +37,6 @@ _SHOWN = 3
 
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """What kohya's trainer calls the families."""
-
-_ARCHITECTURES = {"sd1": ("stable-diffusion-v1", "512x512"), "sdxl": ("stable-diffusion-xl-v1-base", "1024x1024")}
-"""ModelSpec's names of the families, as kohya's tools write them; SD2's two can't be told apart by shapes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class ExtractLora(Operation):
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """See :class:`ExtractLora`."""
-        self._check()
+        self.check()
         run = _Run(self, checkpoint, opened(self.base))
         tensors = run.lora()
         changes = tuple(Change(key, "added", None, str(tensor)) for key, tensor in tensors.items())
@@ -93,7 +91,8 @@ class ExtractLora(Operation):
         """The largest rank; ``None`` for any."""
         return _RANK if self.rank is None and self.energy is None else self.rank
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse numbers that make no sense."""
         for name, value in (("--rank", self.rank), ("--conv-rank", self.conv_rank)):
             if value is not None and value < 1:
                 raise UsageError(f"{value} is no rank", remedy=f"give {name} a number from 1 on")
@@ -270,15 +269,11 @@ class _Run:
         }
         if family in _VERSIONS:
             found |= {"ss_base_model_version": _VERSIONS[family], "ss_v2": str(family == "sd2")}
-        if family in _ARCHITECTURES:
-            architecture, resolution = _ARCHITECTURES[family]
-            found |= {
-                "modelspec.sai_model_spec": "1.0.0",
-                "modelspec.architecture": f"{architecture}/lora",
-                "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-                "modelspec.title": f"{called(self.checkpoint)} since {called(self.base)}",
-                "modelspec.resolution": resolution,
-            }
+        fields = modelspec.required(self.checkpoint, self.model)
+        if fields:
+            fields |= {"sai_model_spec": modelspec.VERSION, "architecture": f"{fields['architecture']}/lora"}
+            fields["title"] = f"{called(self.checkpoint)} since {called(self.base)}"
+        found |= {modelspec.PREFIX + name: value for name, value in fields.items()}
         return {"format": "pt", **found}
 
 

@@ -47,6 +47,23 @@ class Check:
         elif self.kind == "parity":
             self.settings()
 
+    @property
+    def report(self) -> Path | None:
+        """The folder for the report of ``parity``, if there is to be one."""
+        found: Path | None = self.parameters.get("report")
+        return found
+
+    def refuse(self, *, force: bool) -> None:
+        """Refuse a report that could not be written, before any work is done for it.
+
+        Raises:
+            OutputError: If something else is there, or an older report and nobody said that it may be replaced.
+        """
+        if self.report is not None:
+            from ..reports import parity_folder
+
+            parity_folder.refuse(self.report, self.paths, force=force)
+
     def allowances(self) -> list[allowing.Allowance]:
         """The findings of ``verify`` that don't count."""
         given = self.parameters.get("allow", [])
@@ -91,8 +108,12 @@ class Outcome:
         return found
 
 
-def check(entry: Check) -> Outcome:
+def check(entry: Check, *, force: bool = False) -> Outcome:
     """Do one check.
+
+    Args:
+        entry: It.
+        force: Whether an older report may be replaced.
 
     Raises:
         SurgeryError: What comparing and drawing raise; what ``verify`` can't read is a finding.
@@ -100,7 +121,7 @@ def check(entry: Check) -> Outcome:
     if entry.kind == "verify":
         return _verify(entry)
     if entry.kind == "parity":
-        return _parity(entry)
+        return _parity(entry, force=force)
     first, *others = map(open_checkpoint, entry.paths)
     found = tuple(diff(first, other) for other in others)
     return Outcome(entry, 0 if all(each.identical for each in found) else 1, diffs=found)
@@ -116,16 +137,15 @@ def _verify(entry: Check) -> Outcome:
     return Outcome(entry, exit_code(found, given.get("fail-on", "warning")), verifications=tuple(found))
 
 
-def _parity(entry: Check) -> Outcome:
+def _parity(entry: Check, *, force: bool) -> Outcome:
     try:
         from ..parity.running import parity
 
         found = parity(entry.paths, entry.settings(), reference=entry.parameters.get("reference"))
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"parity needs {error.name}", remedy="pip install 'sdsurgery[parity]'") from error
-    report = entry.parameters.get("report")
-    if report is not None:
+    if entry.report is not None:
         from ..reports import parity_folder
 
-        parity_folder.write(found, report, force=True)
+        parity_folder.write(found, entry.report, force=force)
     return Outcome(entry, 0 if found.agrees else 1, parity=found)

@@ -89,6 +89,9 @@ def plan(recipe: Recipe, *, lock: Lock | None = None, force: bool = False) -> Ra
     for entry in recipe.outputs:
         with _at(recipe, entry.line, entry.name):
             made.append(_made(recipe, entry, known, force=force))
+    for each in recipe.checks:
+        with _at(recipe, each.line, each.kind):
+            each.refuse(force=force)
     return Ran(recipe, inputs, known, tuple(made))
 
 
@@ -117,7 +120,7 @@ def run(recipe: Recipe, *, lock: Lock | None = None, locking: bool = False, forc
             known = _with_what_is_written(known, made)
     seen = _lock(planned, outputs) if locking or lock else None
     wrong = tuple(differences(lock.outputs, seen.outputs)) if lock and seen else ()
-    checks = tuple(check(each) for each in recipe.checks)
+    checks = tuple(check(each, force=force) for each in recipe.checks)
     return replace(planned, outputs=tuple(outputs), checks=checks, lock=seen, differences=wrong)
 
 
