@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import sdsurgery as sd
 from sdsurgery.adapters.extracting import Wanted, extracted
 from sdsurgery.errors import MismatchError, RefusedError, SurgeryError, UnsupportedError, UsageError
-from sdsurgery.merging.blending import Engine
+from sdsurgery.merging.torch_engine import TorchEngine
 from sdsurgery.models.identify import identify
 
 UNET = "model.diffusion_model."
@@ -96,7 +96,7 @@ def test_no_matrix_of_that_rank_is_nearer(seed: int, rows: int, columns: int, ra
     difference = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
     zero, whole = (sd.Tensor.of(value) for value in (np.zeros_like(difference), difference))
     bound = min(rank, rows, columns)
-    (found,) = extracted([Wanted(whole, zero, bound, energy)], Engine())
+    (found,) = extracted([Wanted(whole, zero, bound, energy)], TorchEngine())
     values = np.linalg.svd(difference.astype(np.float64), compute_uv=False)
     squares = np.cumsum(values**2)
     count = bound

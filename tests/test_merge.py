@@ -13,15 +13,18 @@ import pytest
 import synthetic
 import torch
 from conftest import FIXTURES, cli, metadata, write
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from synthetic import SD1_IDS, SDXL_IDS
 
 import sdsurgery as sd
-from sdsurgery.merging import blending, methods, presets
+from sdsurgery.checkpoint import Tensor
+from sdsurgery.dtypes import BY_NAME
+from sdsurgery.merging import blending, methods, plain_engine, presets, torch_engine
 from sdsurgery.models.identify import identify
+from sdsurgery.sources import InMemory
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 State = dict[str, torch.Tensor]
@@ -241,7 +244,8 @@ def test_the_size_of_pieces_means_nothing(
     count, options, _ = NAIVE.get(method, (2, (), None))
     files = [tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"]
     for file, elements in zip(files, (1 << 17, 40), strict=True):
-        monkeypatch.setattr(blending, "_ELEMENTS", elements)
+        for engine in (plain_engine, torch_engine):
+            monkeypatch.setattr(engine, "_ELEMENTS", elements)
         monkeypatch.setattr(blending, "_YIELDED", 8 * elements)
         merged(models[:count], file, "--method", method, *options)
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -541,9 +545,78 @@ def test_without_torch_it_says_so(models: list[Path], tmp_path: Path, monkeypatc
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "sdsurgery.merging.blending")
-    done = cli("merge", *models[:2], "-o", tmp_path / "m.safetensors")
+    monkeypatch.delitem(sys.modules, "sdsurgery.merging.torch_engine")
+    done = cli("merge", *models[:2], "-o", tmp_path / "m.safetensors", "--method", "slerp")
     assert (done.code, "sdsurgery[torch]" in done.err) == (3, True), done.err
+    for words in ((models[1],), (models[1], models[2], "--method", "add-difference")):
+        done = cli("merge", models[0], *words, "-o", tmp_path / "m.safetensors", "--force")
+        assert done.code == 0, done.err
+
+
+HALVES = np.arange(1 << 16, dtype=np.uint16)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_every_half_is_what_torch_makes_of_it(name: str, kind: torch.dtype) -> None:
+    """By itself, and among others that are finite: a piece that holds Inf or NaN goes another way."""
+    theirs = torch.from_numpy(HALVES.copy()).view(kind)
+    for chosen in (HALVES, HALVES[torch.isfinite(theirs).numpy()]):
+        piece = bytearray(chosen.tobytes())
+        ours = plain_engine.widened(piece, BY_NAME[name], np.empty(len(chosen), np.float32))
+        wanted = torch.frombuffer(bytearray(piece), dtype=kind).float().numpy()
+        assert np.array_equal(ours, wanted, equal_nan=True)
+        assert np.array_equal(np.signbit(ours), np.signbit(wanted))
+
+
+def floats(bits: Sequence[int]) -> NDArray[np.float32]:
+    return np.array(bits, np.uint32).view(np.float32)
+
+
+HARD = [
+    *(base + step for base in (0x38800000, 0x33800000, 0x33000000, 0x477FE000, 0x477FF000) for step in range(-2, 3)),
+    *(0x7F7FFFFF - step for step in range(3)), 0, 2, 3,
+    *(number << 13 | tie for number in (0x1C400, 0x1C401, 0x20000, 0x23BFF) for tie in (0xFFF, 0x1000, 0x1001)),
+    0x7F800000, 0x7FC00000, 0x00000001, 0x007FFFFF,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), [("F16", torch.float16), ("BF16", torch.bfloat16), ("F32", torch.float32)])
+@given(bits=st.lists(st.one_of(st.integers(0, (1 << 32) - 1), st.sampled_from(HARD)), max_size=60))
+@example(bits=HARD)
+@example(bits=[bit | 1 << 31 for bit in HARD if bit < 0x477FF000])
+@example(bits=[bit for bit in HARD if bit < 0x477FF000])
+def test_rounding_is_torchs(name: str, kind: torch.dtype, bits: list[int]) -> None:
+    values = floats(bits)
+    out = memoryview(bytearray(len(values) * BY_NAME[name].itemsize))
+    plain_engine.PlainEngine().rounded(values.copy(), BY_NAME[name], out)
+    ours = torch.frombuffer(bytearray(out), dtype=kind) if bits else torch.empty(0, dtype=kind)
+    theirs = torch.from_numpy(values).to(kind)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    kept = ~theirs.isnan()
+    assert ours[kept].float().numpy().tobytes() == theirs[kept].float().numpy().tobytes()
+
+
+@given(
+    seed=st.integers(0, 1 << 32),
+    names=st.lists(st.sampled_from(["F16", "BF16", "F32"]), min_size=4, max_size=4),
+    method=st.sampled_from(
+        [methods.Linear((0.7, 0.2, 0.1)), methods.Linear((2.5, -1.5, 1e-7)), methods.AddDifference(0.3)]
+    ),
+)
+def test_both_engines_give_the_same_bits(seed: int, names: list[str], method: methods.Formula) -> None:
+    """On bits of all kinds: huge, tiny, denormal, infinite, not a number."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 300))
+    given_bits = [random.bytes(count * BY_NAME[name].itemsize) for name in names[:3]]
+    tensors = [
+        Tensor(BY_NAME[name], (count,), InMemory(bits)) for name, bits in zip(names[:3], given_bits, strict=True)
+    ]
+    found = [
+        blending.blended(tensors, BY_NAME[names[3]], method, engine).torch().float()
+        for engine in (plain_engine.PlainEngine(), torch_engine.TorchEngine())
+    ]
+    assert torch.equal(found[0].isnan(), found[1].isnan())
+    assert torch.equal(found[0].nan_to_num(0, 1, -1), found[1].nan_to_num(0, 1, -1))
 
 
 def test_a_gpu_that_is_not_there(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

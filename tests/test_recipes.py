@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import UNREADABLE, unreadable
 
 import sdsurgery as sd
-from sdsurgery.merging import blending
+from sdsurgery.merging.plain_engine import PlainEngine
 from sdsurgery.recipes import load, run
 from sdsurgery.recipes.schema import schema
 
@@ -162,13 +162,13 @@ def test_what_is_computed_is_computed_once(place: Path, monkeypatch: pytest.Monk
     outputs: list[Any] = ["out.safetensors", "out", "copy.ckpt"]
     path = recipe(place, simple([{"merge": {"models": "b"}}], outputs))
     calls: list[int] = []
-    real = blending.Engine.in_step
+    real = PlainEngine.in_step
 
-    def counted(self: blending.Engine, tensors: Any) -> Any:
+    def counted(self: PlainEngine, tensors: Any) -> Any:
         calls.append(1)
         return real(self, tensors)
 
-    monkeypatch.setattr(blending.Engine, "in_step", counted)
+    monkeypatch.setattr(PlainEngine, "in_step", counted)
     assert cli("run", path).code == 0
     once = len(calls)
     calls.clear()

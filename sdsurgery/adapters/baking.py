@@ -10,7 +10,7 @@ import torch
 from ..arrays import pieces
 from ..checkpoint import Tensor
 from ..dtypes import DType
-from ..merging.blending import Engine, one_thread, torch_type
+from ..merging.torch_engine import TorchEngine, one_thread, torch_type
 from ..sources import Buffer, Computed
 from .fitting import Patch
 from .formulas import Delta, decomposed
@@ -20,7 +20,7 @@ _ELEMENTS = 1 << 18
 """Of a block of rows: a megabyte in fp32."""
 
 
-def baked(tensor: Tensor, patches: Sequence[Patch], target: DType, engine: Engine) -> Tensor:
+def baked(tensor: Tensor, patches: Sequence[Patch], target: DType, engine: TorchEngine) -> Tensor:
     """A tensor with LoRAs in it: ``W + sum of factor * scale * delta``, rounded to its type once.
 
     DoRA's difference is what it makes of the weight as it was, so that the order of LoRAs doesn't matter.
@@ -37,7 +37,9 @@ def baked(tensor: Tensor, patches: Sequence[Patch], target: DType, engine: Engin
     return Tensor(target, tensor.shape, Computed(target.nbytes(tensor.shape), produce, files))
 
 
-def _produce(tensor: Tensor, patches: Sequence[Patch], target: DType, engine: Engine, _size: int) -> Iterator[Buffer]:
+def _produce(
+    tensor: Tensor, patches: Sequence[Patch], target: DType, engine: TorchEngine, _size: int
+) -> Iterator[Buffer]:
     with one_thread():
         ready = [(patch, patch.read(engine)) for patch in patches]
         rows = tensor.shape[0]
@@ -51,7 +53,7 @@ def _produce(tensor: Tensor, patches: Sequence[Patch], target: DType, engine: En
             yield memoryview(block.to("cpu", torch_type(target)).flatten().view(torch.uint8).numpy())
 
 
-def _change(block: torch.Tensor, start: int, ready: Sequence[tuple[Patch, Delta]], engine: Engine) -> None:
+def _change(block: torch.Tensor, start: int, ready: Sequence[tuple[Patch, Delta]], engine: TorchEngine) -> None:
     """Put all that falls into a block of rows into it."""
     before = block.clone() if any(patch.magnitude is not None for patch, _ in ready) else block
     for patch, change in ready:
@@ -65,7 +67,7 @@ def _change(block: torch.Tensor, start: int, ready: Sequence[tuple[Patch, Delta]
             change.add_to(part, first - spot.first, patch.factor * patch.scale)
 
 
-def _whole(patch: Patch, change: Delta, weight: torch.Tensor, engine: Engine) -> torch.Tensor:
+def _whole(patch: Patch, change: Delta, weight: torch.Tensor, engine: TorchEngine) -> torch.Tensor:
     """All that a patch adds to a weight."""
     if patch.magnitude is not None:
         magnitude = engine.whole(patch.magnitude)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Tensor
-from ..merging.blending import Engine, one_thread
+from ..merging.torch_engine import TorchEngine, one_thread
 
 _WORKERS = 2
 """Each of them holds a weight in float64, and a square matrix of its shorter side."""
@@ -55,13 +55,13 @@ class Extracted:
         return len(self.down)
 
 
-def extracted(wanted: Iterable[Wanted], engine: Engine) -> Iterator[Extracted]:
+def extracted(wanted: Iterable[Wanted], engine: TorchEngine) -> Iterator[Extracted]:
     """The differences of weights, in order, two at a time; the result doesn't depend on the number of threads."""
     with one_thread(), ThreadPoolExecutor(_WORKERS) as pool:
         yield from pool.map(lambda each: _extract(each, engine), wanted)
 
 
-def _extract(wanted: Wanted, engine: Engine) -> Extracted:
+def _extract(wanted: Wanted, engine: TorchEngine) -> Extracted:
     tuned, base = (engine.whole(tensor).double() for tensor in (wanted.tuned, wanted.base))
     difference = tuned.sub_(base).reshape(wanted.tuned.shape[0], -1)
     total = float(difference.square().sum())

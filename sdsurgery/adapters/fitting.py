@@ -13,7 +13,7 @@ from .naming import Module, Names, Spot
 from .reading import Adapter, Group
 
 if TYPE_CHECKING:
-    from ..merging.blending import Engine
+    from ..merging.torch_engine import TorchEngine
 
 _CONTEXTS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 """Whose UNet attends to text of that width."""
@@ -66,11 +66,11 @@ class Patch:
         """Bytes of its matrices."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def read(self, engine: Engine) -> Delta:
+    def read(self, engine: TorchEngine) -> Delta:
         """Its matrices, in the type that is computed in."""
         return delta(self.kind, {part: engine.whole(tensor) for part, tensor in self.tensors.items()})
 
-    def bound(self, engine: Engine) -> float:
+    def bound(self, engine: TorchEngine) -> float:
         """What it can add to an element at most; infinite where only computing tells, NaN if a matrix holds such."""
         most = self.read(engine).bound() * abs(self.scale)
         if not math.isfinite(most):

@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-import torch
+import numpy as np
 
-from ..arrays import pieces
 from ..checkpoint import Tensor
 from ..dtypes import DType
 from ..sources import Buffer, Computed, joined, part_of
 from .methods import Formula
 
-ComputeType = Literal["fp32", "fp64"]
-Device = Literal["cpu", "cuda"]
-
-_ELEMENTS = 1 << 17
-"""Of a piece of each tensor: half a megabyte in fp32, so that a core's cache holds what is computed of it."""
 _YIELDED = 1 << 20
 """Elements of the result that are handed on at a time."""
 
-_COMPUTE_TYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
+class Engine(Protocol):
+    """What computes: torch (``torch_engine.py``), or for sums NumPy (``plain_engine.py``)."""
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What computes.
+    def alone(self) -> AbstractContextManager[None]:
+        """Have it use the calling thread alone."""
 
-    Attributes:
-        compute: The type that is computed in; results are rounded to their own type once.
-        device: Where.
-    """
+    def in_step(self, tensors: Sequence[Tensor], /) -> Iterator[Sequence[Any]]:
+        """The elements of tensors of one size in the type that is computed in, as many of each at a time.
 
-    compute: ComputeType = "fp32"
-    device: Device = "cpu"
+        They may be overwritten, and each is only good until the next is asked for.
+        """
 
-    def in_step(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[torch.Tensor]]:
-        """The elements of tensors of one size in the type that is computed in, as many of each at a time."""
-        kinds = [torch_type(tensor.dtype) for tensor in tensors]
-        streams = [pieces(tensor.data, _ELEMENTS * tensor.dtype.itemsize) for tensor in tensors]
-        for found in zip(*streams, strict=True):
-            yield [self.given(piece, kind) for piece, kind in zip(found, kinds, strict=True)]
-
-    def whole(self, tensor: Tensor) -> torch.Tensor:
-        """All of a tensor in the type that is computed in."""
-        found: torch.Tensor = tensor.torch()
-        return found.to(self.device, _COMPUTE_TYPES[self.compute])
-
-    def given(self, piece: bytes | bytearray, kind: torch.dtype) -> torch.Tensor:
-        """The elements in a piece of a tensor, in the type that is computed in."""
-        whole = piece if isinstance(piece, bytearray) else bytearray(piece)
-        return torch.frombuffer(whole, dtype=kind).to(self.device, _COMPUTE_TYPES[self.compute], copy=True)
-
-
-def torch_type(dtype: DType) -> torch.dtype:
-    """Torch's name of a type that can be computed with."""
-    kind = getattr(torch, dtype.torch or "", None)
-    assert isinstance(kind, torch.dtype), dtype  # noqa: S101 - what can't be computed with was refused before
-    return kind
+    def rounded(self, result: Any, target: DType, out: memoryview, /) -> None:
+        """Round a piece of the result, which may be overwritten, to the bytes of its type, to nearest."""
 
 
 def blended(
@@ -77,21 +47,24 @@ def blended(
             the first tensor keeps its further ones. So merge tools treat models with more inputs than others, such as
             inpainting's with mask and masked picture.
     """
-    kind, whole = torch_type(target), tensors[0]
+    whole = tensors[0]
     given = first_inputs(tensors, channels)
 
     def produce(_size: int) -> Iterator[Buffer]:
-        with one_thread():
+        with engine.alone():
             compute = formula.over(lambda: engine.in_step(given))
             start = filled = 0
-            room = torch.empty(0)
+            room = memoryview(b"")
             for values in engine.in_step(given):
-                room = room if filled else torch.empty(min(given[0].numel - start, _YIELDED), dtype=kind)
-                result = compute(start, values)
-                room[filled : filled + len(result)] = result
-                start, filled = start + len(result), filled + len(result)
+                if not filled:
+                    room = np.empty(target.nbytes((min(given[0].numel - start, _YIELDED),)), np.uint8).data
+                with np.errstate(all="ignore"):  # NaN, Inf and overflow were told of, or refused
+                    result = compute(start, values)
+                nbytes = target.nbytes((len(result),))
+                engine.rounded(result, target, room[filled : filled + nbytes])
+                start, filled = start + len(values[0]), filled + nbytes
                 if filled == len(room):
-                    yield memoryview(room.view(torch.uint8).numpy())
+                    yield room
                     filled = 0
 
     files = tuple(dict.fromkeys(file for tensor in tensors for file in tensor.data.files))
@@ -100,22 +73,13 @@ def blended(
         return made
 
     def widened(_size: int) -> Iterator[Buffer]:
+        import torch
+
         merged = made.torch()
         kept = whole.torch()[:, channels:].to(merged.dtype)
         yield memoryview(torch.cat([merged, kept], 1).contiguous().flatten().view(torch.uint8).numpy())
 
     return Tensor(target, whole.shape, Computed(target.nbytes(whole.shape), widened, files))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch use the calling thread alone: pieces are small, and another thread writes them meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def first_inputs(tensors: Sequence[Tensor], channels: int | None) -> list[Tensor]:

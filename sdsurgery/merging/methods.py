@@ -51,9 +51,11 @@ class Linear:
         """See :class:`Formula`."""
 
         def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
-            total = values[0].mul_(self.weights[0])
+            total = values[0]
+            total *= self.weights[0]
             for value, weight in zip(values[1:], self.weights[1:], strict=True):
-                total.add_(value.mul_(weight))
+                value *= weight  # noqa: PLW2901 - in its place
+                total += value
             return total
 
         return compute
@@ -74,7 +76,10 @@ class AddDifference:
 
         def compute(_start: int, values: Sequence[Tensor]) -> Tensor:
             a, b, c = values
-            return a.add_(b.sub_(c).mul_(self.alpha))
+            b -= c
+            b *= self.alpha
+            a += b
+            return a
 
         return compute
 

@@ -27,7 +27,7 @@ from .cast import LARGEST, DTypeName
 from .computing import ComputeName, DeviceName, engine, without_averages
 
 if TYPE_CHECKING:
-    from ..merging.blending import Engine
+    from ..merging.torch_engine import TorchEngine
 
 _SHORT_LISTS = {
     17: (1, 2, 4, 5, 7, 8, 12, *range(16, COUNT)),
@@ -144,7 +144,7 @@ class _Run:
         self.operation, self.checkpoint, self.model, self.names = operation, checkpoint, model, names
         self.notes: list[Note] = []
         self.ratios: Ratios = ratios(1.0, operation.factors, operation.at, every_place(names))
-        self.engine: Engine = engine(operation.name, operation.compute_dtype, operation.device)
+        self.engine: TorchEngine = engine(operation.name, operation.compute_dtype, operation.device)
 
     def patches(self, adapter: Adapter, scale: float) -> list[Patch]:
         """What a LoRA changes, with the factors that the user wants.
@@ -204,7 +204,7 @@ class _Run:
 
     def _check(self, plans: Sequence[_Plan]) -> None:
         """Read what goes into the result: NaN and Inf are told of, overflow is refused, before anything is written."""
-        from ..merging.blending import one_thread
+        from ..merging.torch_engine import one_thread
 
         overflowing = []
         with (

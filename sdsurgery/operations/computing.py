@@ -9,20 +9,20 @@ from ..errors import UnsupportedError
 from ..models.identify import Model
 
 if TYPE_CHECKING:
-    from ..merging.blending import Engine
+    from ..merging.torch_engine import TorchEngine
 
 ComputeName = Literal["fp32", "fp64"]
 DeviceName = Literal["cpu", "cuda"]
 
 
-def engine(operation: str, compute: ComputeName, device: DeviceName) -> Engine:
+def engine(operation: str, compute: ComputeName, device: DeviceName) -> TorchEngine:
     """What computes.
 
     Raises:
         UnsupportedError: If torch is missing, or finds no GPU where one is asked for.
     """
     try:
-        from ..merging.blending import Engine
+        from ..merging.torch_engine import TorchEngine
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"{operation} needs {error.name}", remedy="pip install 'sdsurgery[torch]'") from error
     if device == "cuda":
@@ -30,7 +30,7 @@ def engine(operation: str, compute: ComputeName, device: DeviceName) -> Engine:
 
         if not torch.cuda.is_available():
             raise UnsupportedError("torch finds no GPU to compute on", remedy="leave --device out")
-    return Engine(compute, device)
+    return TorchEngine(compute, device)
 
 
 def without_averages(

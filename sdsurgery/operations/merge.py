@@ -26,6 +26,7 @@ from .fix_clip import put_right_ids
 from .grafts import MergeVae
 
 if TYPE_CHECKING:
+    from ..merging.blending import Engine
     from ..merging.methods import Formula
 
 Method = Literal[
@@ -33,6 +34,8 @@ Method = Literal[
 ]
 
 _MOST_MODELS = 99
+_SUMS = frozenset({"weighted-sum", "linear", "add-difference"})
+"""Methods that need nothing but products and sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,18 @@ class _Run:
         self.notes = matching.notes
         where = [job.place for job in self.jobs]
         self.ratios = ratios(operation.amount, operation.blocks, operation.at, where)
-        self.engine = engine(operation.name, operation.compute_dtype, operation.device)
+        self.engine = self._engine()
+
+    def _engine(self) -> Engine:
+        """NumPy for sums of usual types, which spares the import of torch; else torch."""
+        from ..merging.plain_engine import TYPES, PlainEngine
+
+        operation = self.operation
+        types = {each.dtype.name for job in self.jobs for each in job.tensors} | {job.target.name for job in self.jobs}
+        usual = types <= TYPES and all(job.channels is None for job in self.jobs)
+        if usual and operation.method in _SUMS and (operation.compute_dtype, operation.device) == ("fp32", "cpu"):
+            return PlainEngine()
+        return engine(operation.name, operation.compute_dtype, operation.device)
 
     def results(self) -> list[tuple[Job, Tensor]]:
         """Each tensor as it will be; one that stays is the very one.

@@ -83,10 +83,6 @@ class Document:
             place = place[:-1]
         return self.lines.get(place, 1)
 
-    def fault(self, place: Place, message: str) -> RecipeError:
-        """An error about one place."""
-        return RecipeError(self.path, [(self.line(place), message)])
-
 
 def read(path: Path) -> Document:
     """Read a document.

@@ -48,11 +48,6 @@ class Listed:
     name: str
     files: Mapping[str, Digest]
 
-    @property
-    def sha256(self) -> str | None:
-        """Of a single file."""
-        return self.files[ALONE].sha256 if ALONE in self.files else None
-
 
 @dataclass(frozen=True, slots=True)
 class Lock:
