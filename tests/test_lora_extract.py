@@ -63,8 +63,7 @@ def groups_of(state: Mapping[str, torch.Tensor]) -> dict[str, State]:
     return found
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize(("family", "convolutions"), [("sd1", True), ("sd2", False), ("sdxl", False)])
 def test_what_was_baked_comes_back(family: str, convolutions: bool) -> None:
     base = model(family)
     made, put = tuned(base, convolutions=convolutions)
@@ -195,9 +194,10 @@ def test_layouts_mix(tmp_path: Path) -> None:
     made, _ = tuned(base)
     base.save(tmp_path / "base.safetensors")
     assert cli("convert", tmp_path / "base.safetensors", tmp_path / "base", "--quiet").code == 0
-    one = made.pipe(sd.ExtractLora(base, rank=2))
-    two = made.pipe(sd.ExtractLora(tmp_path / "base", rank=2))
-    assert list(one) == list(two)
+    parts = ("text_encoder", "text_encoder_2")  # whose layers lie differently in the two
+    one = made.pipe(sd.ExtractLora(base, rank=2, component=parts))
+    two = made.pipe(sd.ExtractLora(tmp_path / "base", rank=2, component=parts))
+    assert list(one) == list(two) != []
     assert all(one[key].tobytes() == two[key].tobytes() for key in one)
 
 

@@ -244,7 +244,7 @@ def test_a_damaged_layer_of_a_graph_is_named(models: Models, fault: str) -> None
     assert found.component("ldm") is None
 
 
-@pytest.mark.parametrize("fault", IN_ONNX)
+@pytest.mark.parametrize("fault", ["to_q", "clip", "vae-encoder"])
 def test_a_damaged_layer_is_named_between_graphs(models: Models, fault: str) -> None:
     change, component, layer = LAYERS[fault]
     pair = [models.made(file, "onnx") for file in (models.damaged(SD1, fault, change), models.file(SD1))]

@@ -137,7 +137,7 @@ STEPS: list[Any] = [
 
 
 @given(steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=4), hashes=st.booleans())
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_twice_the_same_bytes_and_its_record_gives_them_again(place: Path, steps: list[Any], hashes: bool) -> None:
     content = simple(steps) | {"record-hashes": hashes}
     for _ in range(2):
