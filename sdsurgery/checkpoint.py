@@ -290,6 +290,7 @@ class Checkpoint(Mapping[str, Tensor]):
             and the JSON as it stood there.
         as_it_was: Whether the metadata are to be written as they are, with nothing appended: a file is restored.
         companions: Files to be written beside a single file, by the suffix that takes the place of its own.
+        embedding: Whether it is a textual inversion embedding, whose pickle is another than that of a model.
     """
 
     tensors: Mapping[str, Tensor]
@@ -300,6 +301,7 @@ class Checkpoint(Mapping[str, Tensor]):
     header: bytes | None = None
     as_it_was: bool = False
     companions: Mapping[str, Data] = field(default_factory=dict)
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))

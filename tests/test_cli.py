@@ -40,6 +40,7 @@ COMMANDS = (
     "cast",
     "metadata",
     "convert",
+    "convert-embedding",
     "diff",
     "fingerprint",
     "manifest",
@@ -65,6 +66,7 @@ OPTIONS = {
     "convert": (WRITING - {"-o", "--output", "--in-place"})
     | {"--to", "--dtype", "--variant", "--shard-size", "--ema", "--sidecar", "--config", "--prediction-type"}
     | {"--weights", "--layout", "--opset", "--compute", "--no-hard-links", "--optimize", "--relink"},
+    "convert-embedding": WRITING | {"--to", "--token", "--dtype"},
     "diff": {"--component", "--explain-with", "--atol", "--stat", "--json", "--html", "--quiet", "-q", "--debug"}
     | {"--help", "-h"},
     "fingerprint": {"--component", "--register", "--json", "--quiet", "-q", "--debug", "--help", "-h"},

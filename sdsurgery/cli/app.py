@@ -54,6 +54,7 @@ _PLACES = {
     "cast": ("surgery", "surgery_command"),
     "metadata": ("surgery", "surgery_command"),
     "convert": ("convert", "convert_command"),
+    "convert-embedding": ("surgery", "surgery_command"),
     "parity": ("parity", "parity_command"),
     "pipe": ("pipe", "pipe_command"),
     "run": ("run", "run_command"),

@@ -50,6 +50,7 @@ class Call:
     function: Any
     arguments: Any
     items: list[Any] | None = None
+    state: Any = None
 
     def extend(self, items: Iterable[Any]) -> None:
         """What the pickle appends to it, or sets in it."""
@@ -324,9 +325,11 @@ class Machine:
         return Call(function, arguments)
 
     def _build(self, _: Any) -> None:
-        # The state of an object, which stays inert; a dict's is what torch hangs on a state dict (its _metadata).
-        self._pop()
-        if not isinstance(self._top(), dict | Call):
+        # The state of an object stays inert with it; a dict's is what torch hangs on a state dict (its _metadata).
+        state, target = self._pop(), self._top()
+        if isinstance(target, Call):
+            target.state = state
+        elif not isinstance(target, dict):
             raise PickleError("it sets the state of something that has none")
 
     def _persistent_id(self, argument: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..dtypes import BY_NAME, BY_TORCH, DType
 from ..errors import CorruptError, HostileError, UnsupportedError
 from ..sources import Buffer, Computed, FileSlice, InMemory, SourceFile
 from .pickles import MOST_ARGUMENTS, Call, Global, Machine, PickleError
+from .webui_embedding import unnested
 
 METADATA_KEY = "metadata"
 """Beside ``state_dict``, in files that sdsurgery writes: the string metadata."""
@@ -216,6 +217,9 @@ def checkpoint_of(value: Any, container: str, file: SourceFile, place: Callable[
     Raises:
         UnsupportedError: If there is no state dict in it.
     """
+    embedding = unnested(value)
+    if embedding and isinstance(embedding[0][1], View):
+        return _embedding(*embedding, container, file, place)
     state, left = _find_state_dict(value, file)
     tensors: dict[str, Tensor] = {}
     for key, entry in state.items():
@@ -227,9 +231,30 @@ def checkpoint_of(value: Any, container: str, file: SourceFile, place: Callable[
     if isinstance(value, dict) and state is not value and _is_metadata(value.get(METADATA_KEY)):
         metadata = value[METADATA_KEY]
         left = [(key, entry) for key, entry in left if entry is not metadata]
+    return Checkpoint(tensors, metadata, origin=Origin(container, file.path, file, _aside(left)))
+
+
+def _embedding(
+    vectors: tuple[str, View],
+    metadata: dict[str, str],
+    left: list[tuple[Any, Any]],
+    container: str,
+    file: SourceFile,
+    place: Callable[[Storage], FileSlice],
+) -> Checkpoint:
+    """The checkpoint that a webui's embedding is."""
+    key, view = vectors
+    for name, entry in left:
+        if name == METADATA_KEY and _is_metadata(entry):
+            metadata = {**entry, **metadata}
+    aside = _aside((name, entry) for name, entry in left if not (name == METADATA_KEY and _is_metadata(entry)))
+    origin = Origin(container, file.path, file, aside)
+    return Checkpoint({key: _tensor(view, place(view.storage))}, metadata, origin=origin, embedding=True)
+
+
+def _aside(left: Iterable[tuple[Any, Any]]) -> tuple[Aside, ...]:
     describe = _Describer()
-    aside = tuple(describe.aside(_shown(key), entry) for key, entry in left)
-    return Checkpoint(tensors, metadata, origin=Origin(container, file.path, file, aside))
+    return tuple(describe.aside(_shown(key), entry) for key, entry in left)
 
 
 def _is_metadata(value: Any) -> bool:

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint, Tensor
 from ..dtypes import BY_NAME, DType
 from ..errors import CorruptError, UnsupportedError
 from ..sources import FileSlice, SourceFile
-from . import torch_pickle
+from . import torch_pickle, webui_embedding
 from .torch_pickle import Storage
 from .writing import AtomicFile
 
@@ -168,12 +168,12 @@ def size(checkpoint: Checkpoint, index: bytes) -> int:
 def index(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> bytes:
     """The pickle: ``{"state_dict": {...}, "metadata": {...}}`` in protocol 2, with torch's names and without torch.
 
-    Metadata goes into a dict of strings beside ``state_dict``.
+    Metadata goes into a dict of strings beside ``state_dict``. An embedding's is what the webui makes of it.
 
     Raises:
-        UnsupportedError: If torch has no type for a tensor's elements.
+        UnsupportedError: If torch has no type for a tensor's elements, or an embedding is none that a pickle can hold.
     """
-    return b"".join(_pickle(checkpoint, metadata))
+    return b"".join((_embedding if checkpoint.embedding else _pickle)(checkpoint, metadata))
 
 
 def write(checkpoint: Checkpoint, index: bytes, out: AtomicFile) -> None:
@@ -213,12 +213,33 @@ def _pickle(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> Iterator[byt
     for number, (key, tensor) in enumerate(checkpoint.items()):
         yield _text(key) + _tensor(number, key, tensor) + b"s"
     yield b"s"
+    yield from _metadata(metadata)
+    yield b"."
+
+
+def _embedding(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> Iterator[bytes]:
+    fields, rest = webui_embedding.nested(checkpoint, metadata)
+    ((key, tensor),) = checkpoint.items()
+    yield b"\x80\x02}" + _text(webui_embedding.VECTORS) + b"}"
+    yield _text(webui_embedding.PLACEHOLDER) + _tensor(0, key, tensor) + b"ss"
+    for name, value in fields.items():
+        yield _text(name) + _value(value) + b"s"
+    yield from _metadata(rest)
+    yield b"."
+
+
+def _value(value: str | int | Mapping[str, int] | None) -> bytes:
+    if isinstance(value, Mapping):
+        return b"}" + b"".join(_text(name) + _integer(number) + b"s" for name, number in value.items())
+    return b"N" if value is None else _integer(value) if isinstance(value, int) else _text(value)
+
+
+def _metadata(metadata: Mapping[str, str]) -> Iterator[bytes]:
     if metadata:
         yield _text(torch_pickle.METADATA_KEY) + b"}"
         for name, value in sorted(metadata.items()):
             yield _text(name) + _text(value) + b"s"
         yield b"s"
-    yield b"."
 
 
 def _tensor(number: int, key: str, tensor: Tensor) -> bytes:

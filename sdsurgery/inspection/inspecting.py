@@ -108,10 +108,11 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 
 def _adapter(checkpoint: Checkpoint) -> list[str]:
-    """What a file that is no model is, if it is a LoRA."""
-    from ..adapters.describing import described
+    """What a file that is no model is, if it is a LoRA or an embedding."""
+    from ..adapters import describing
+    from ..models import embeddings
 
-    return described(checkpoint)
+    return describing.described(checkpoint) or embeddings.described(checkpoint)
 
 
 def _report(checkpoint: Checkpoint, component: Component, wrapper: str) -> ComponentReport:

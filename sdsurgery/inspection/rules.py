@@ -12,7 +12,8 @@ from typing import Literal, get_args
 Severity = Literal["note", "warning", "error"]
 Profile = Literal["ldm", "a1111", "comfyui", "diffusers", "kohya", "strict"]
 Group = Literal[
-    "container", "structure", "position-ids", "dtypes", "values", "metadata", "folder", "manifest", "signature"
+    "container", "structure", "position-ids", "dtypes", "values", "metadata", "embedding", "folder", "manifest",
+    "signature",
 ]  # fmt: skip
 
 PROFILES: tuple[Profile, ...] = get_args(Profile)
@@ -245,6 +246,21 @@ _LIST = (
     Rule(
         "metadata-modelspec", "metadata", "note", "ModelSpec metadata that aren't whole",
         "ModelSpec 1.0.1 asks for an architecture, an implementation, a title and a resolution.",
+    ),
+    # ---------------------------------------------------------------- embedding
+    Rule(
+        "embedding-width", "embedding", "error", "Vectors of a width that no text encoder has",
+        "Those of the published models take 768 (SD1, and SDXL's clip_l), 1024 (SD2) or 1280 (SDXL's clip_g). With "
+        "others, diffusers refuses to load an embedding, ComfyUI leaves it out, and so does the webui.",
+    ),
+    Rule(
+        "embedding-vectors", "embedding", "error", "A number of vectors that makes no sense",
+        "None at all, or another number for each of SDXL's text encoders: both read the same tokens, and the webui "
+        "counts those of clip_g alone.",
+    ),
+    Rule(
+        "embedding-zero", "embedding", "warning", "A vector of zeros",
+        "The webui begins with those where no first words are given: it was never trained.",
     ),
     # ---------------------------------------------------------------- folder
     Rule(

@@ -17,7 +17,7 @@ from ..errors import SurgeryError
 from ..models.identify import identify
 from ..values import scan
 from . import manifests
-from .checks import folder, metadata, structure, text, weights
+from .checks import embedding, folder, metadata, structure, text, weights
 from .checks.subject import Subject
 from .findings import SEVERITIES, Finding, Verification
 from .rules import RULES, Group, Profile
@@ -45,6 +45,9 @@ _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     folder.configs_there,
 )
 """Those that read headers and a few hundred bytes, and of SDXL's VAE the values."""
+
+_OF_EMBEDDINGS = (structure.container, embedding.vectors, metadata.metadata)
+"""Those that mean something for a textual inversion embedding, which is no model."""
 
 _OF_WEIGHTS = {"weight-missing", "weight-shape", "key-unknown"}
 """What a wrong config brings about in every weight."""
@@ -124,7 +127,7 @@ def _begun(path: Path, request: Request) -> _Case:
 def _header_findings(subject: Subject) -> Iterator[Finding]:
     contradicted = folder.contradicting(subject) if subject.checkpoint.folder else {}
     yield from contradicted.values()
-    for check in _CHECKS:
+    for check in _OF_EMBEDDINGS if subject.embedding else _CHECKS:
         for finding in check(subject):
             if not (finding.component in contradicted and finding.id in _OF_WEIGHTS):
                 yield finding
@@ -137,6 +140,8 @@ def _applied(subject: Subject) -> list[str]:
         without.add("metadata-hash")
     if "schedule" not in subject.model.components:
         without |= {"schedule-dtype", "schedule-values"}
+    if subject.embedding:
+        return [name for name in (*_ON_OPENING, *embedding.RULES_APPLIED) if name not in without]
     groups: list[Group] = ["structure", "dtypes", "values", "metadata"]
     if any(name.startswith("text_encoder") for name in subject.model.components):
         groups.append("position-ids")
@@ -196,7 +201,10 @@ def _gather(case: _Case, advance: progress.Advance) -> None:
             seen[key] = future.result()
             case.nbytes += subject.checkpoint[key].nbytes
             advance(subject.checkpoint[key].nbytes)
-        case.findings += weights.values(subject, seen, weights.owners(subject))
+        if subject.embedding:
+            case.findings += embedding.values(subject, seen)
+        else:
+            case.findings += weights.values(subject, seen, weights.owners(subject))
         if case.hash:
             case.findings += metadata.false_hashes(subject, case.hash.result())
             advance(sum(tensor.nbytes for tensor in subject.checkpoint.values()))
@@ -247,7 +255,7 @@ def _done(case: _Case, request: Request) -> Verification:
         path=case.path,
         container=origin.container if origin else None,
         layout=subject.model.layout if subject else None,
-        family=subject.model.family if subject else None,
+        family=(subject.embedding or subject.model).family if subject else None,
         profile=profile,
         rules=tuple(case.rules),
         findings=tuple(sorted(case.findings, key=lambda finding: -SEVERITIES.index(finding.severity))),

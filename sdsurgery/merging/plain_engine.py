@@ -35,8 +35,8 @@ _LEAST_NORMAL = np.float32(2.0**-14)
 _BOTH_SIGNS = np.uint32(1 << 31 | 1 << 15)
 """fp32's sign, and fp16's."""
 _PLACES_AND_BIAS = np.uint32((13 << 23) + (-(127 - 14 << 10) & 0xFFFF))
-"""Thirteen binary orders of magnitude, for so many places fp32 has more than fp16; and in the last sixteen bits what takes
-fp32's exponent to fp16's, but for one, which the leading bit makes up, for it is counted among the places."""
+"""Thirteen binary orders of magnitude, for so many places fp32 has more than fp16; and in the last sixteen bits what
+takes fp32's exponent to fp16's, but for one, which the leading bit makes up, for it is counted among the places."""
 
 Array = Any
 

@@ -4,6 +4,7 @@ from .bake_lora import BakeLora
 from .base import Operation, Param
 from .cast import Cast
 from .convert import Convert, sidecar_of
+from .convert_embedding import ConvertEmbedding
 from .extract_lora import ExtractLora
 from .fix_clip import FixClip
 from .grafts import Extract, MergeVae, Replace
@@ -11,10 +12,11 @@ from .merge import Merge
 from .metadata import Metadata
 from .prune import Prune
 
-OPERATIONS: dict[str, type[Operation]] = {
-    operation.name: operation
-    for operation in (FixClip, MergeVae, Merge, BakeLora, ExtractLora, Extract, Replace, Prune, Cast, Metadata, Convert)
-}
+_ALL: tuple[type[Operation], ...] = (
+    FixClip, MergeVae, Merge, BakeLora, ExtractLora, Extract, Replace, Prune, Cast, Metadata, Convert, ConvertEmbedding,
+)  # fmt: skip
+
+OPERATIONS: dict[str, type[Operation]] = {operation.name: operation for operation in _ALL}
 """Every operation by the name that the command line and the records use."""
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "BakeLora",
     "Cast",
     "Convert",
+    "ConvertEmbedding",
     "Extract",
     "ExtractLora",
     "FixClip",

@@ -43,7 +43,8 @@ def container(subject: Subject) -> Iterator[Finding]:
             yield from subject.finding("file-unused", message, file=entry.name, mend=subject.pruned())
         else:
             message = f"{entry.name} is {entry.what}"
-            yield from subject.finding("non-tensors", message, key=entry.name, mend=subject.pruned())
+            mend = subject.rewritten() if subject.embedding else subject.pruned()
+            yield from subject.finding("non-tensors", message, key=entry.name, mend=mend)
 
 
 def family(subject: Subject) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from ...dtypes import DType
 from ...errors import MismatchError
 from ...models.components import Component
 from ...models.conversion import convertible
+from ...models.embeddings import Embedding, find
 from ...models.identify import Model
 from ..findings import DONOR, Finding, Mend
 from ..rules import RULES
@@ -36,6 +37,11 @@ class Subject:
     model: Model
     profile: str
     dtype: DType | None = None
+
+    @cached_property
+    def embedding(self) -> Embedding | None:
+        """The embedding that it is, where it is no model."""
+        return find(self.checkpoint)
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -96,6 +102,9 @@ class Subject:
 
     def rewritten(self) -> Mend | None:
         """The same model, written anew beside it: safetensors, and in a folder what a folder should hold."""
+        if self.embedding:
+            same = ("--to", "diffusers") if self.embedding.format == "diffusers" else ()
+            return self.command("convert-embedding", "-o", self.beside, *same)
         if self.convertible:
             same = ("--to", "diffusers") if self.model.layout == "diffusers" and not self.checkpoint.folder else ()
             return self.command("convert", self.beside, *same)
