@@ -129,6 +129,11 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread(Change):
+    """A file in a model folder that isn't read and doesn't come along; no record counts it, for it changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something that a person should know; a warning is a finding that was not mended."""
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import __version__
-from .checkpoint import Input, Origin, Step
+from .checkpoint import Change, Input, Origin, Step, Unread
 
 METADATA_KEY = "sdsurgery"
 """The metadata key that holds the record."""
@@ -45,8 +45,12 @@ def describe(step: Step) -> dict[str, Any]:
     entry: dict[str, Any] = {"operation": step.operation, "parameters": dict(step.parameters), **step.facts}
     if step.inputs:
         entry["inputs"] = [_described(each) for each in step.inputs]
-    entry["changes"] = dict(sorted(Counter(change.kind for change in step.changes).items()))
+    entry["changes"] = dict(sorted(Counter(change.kind for change in _counted(step)).items()))
     return entry
+
+
+def _counted(step: Step) -> list[Change]:
+    return [change for change in step.changes if not isinstance(change, Unread)]
 
 
 def _described(file: Input) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def _described(file: Input) -> dict[str, Any]:
 
 def applied(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Those of the steps that changed something, as records have them."""
-    return [describe(step) | {"sdsurgery": __version__} for step in steps if step.changes]
+    return [describe(step) | {"sdsurgery": __version__} for step in steps if _counted(step)]
 
 
 def with_history(metadata: Mapping[str, str], steps: Sequence[Step], origin: Origin | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -135,7 +136,7 @@ class Output:
     def misleading_config(self, result: Checkpoint) -> Path | None:
         """What lies beside a single file under its name, and every loader takes for its config."""
         beside = self.path.with_suffix(".yaml")
-        wrong = not self.is_folder and ".yaml" not in result.companions and beside.exists()
+        wrong = not self.is_folder and ".yaml" not in result.companions and os.path.exists(beside)  # noqa: PTH110 - unlike Path.exists, also of names that are too long
         return beside if wrong else None
 
     def write(self, original: Checkpoint, result: Checkpoint, *, force: bool, hashes: bool = False) -> int:

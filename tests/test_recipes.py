@@ -131,7 +131,7 @@ STEPS: list[Any] = [
     {"merge": {"models": ["b", "c"], "method": "add-difference"}},
     {"merge": {"models": ["c"], "method": "dare", "seed": 3, "at": {"unet": 0.5, "IN04": 0}}},
     {"merge": {"models": "c", "blocks": [0.5] * 25}},
-    {"metadata": {"set": {"author": "me", "note": 1}}},
+    {"metadata": {"set": {"author": "me", "note": 1, "price": "$$5 $${author} \\ # 'a: b'", "none": "null"}}},
     {"replace": {"component": "unet", "from": "c"}},
 ]
 
@@ -225,6 +225,94 @@ def test_a_dry_run_writes_nothing_and_refuses_what_a_real_one_would(place: Path)
     (place / "out").write_text("mine")
     done = cli("run", path, "--dry-run")
     assert (done.code, "made.yaml, line" in done.err) == (4, True)
+
+
+def test_no_input_is_written_over(place: Path) -> None:
+    """Neither one of another output's, nor a config, nor the recipe, whatever is forced."""
+    shutil.copy(place / "a.safetensors", place / "mine.safetensors")
+    assert cli("convert", place / "a.safetensors", place / "folder").code == 0
+    (place / "cfg.json").write_text("{}")
+    before = (place / "mine.safetensors").read_bytes()
+    inputs = {"a": "mine.safetensors", "b": "b.safetensors", "f": "folder"}
+    steps = [
+        {"prune": None, "as": "one"},
+        {"prune": None, "from": "b", "as": "two"},
+        {"prune": None, "from": "f", "as": "three"},
+    ]
+    rest = [
+        {"path": "x.safetensors", "from": "one"},
+        {"path": "y.safetensors", "from": "two"},
+        {"path": "z", "from": "three"},
+    ]
+    for path, source in (("mine.safetensors", "two"), ("folder", "three"), ("folder/unet/x.safetensors", "one")):
+        content = {"sdsurgery": 1, "inputs": inputs, "steps": steps, "outputs": [*rest, {"path": path, "from": source}]}
+        done = cli("run", recipe(place, content), "--force")
+        assert (done.code, "inputs" in done.err) == (4, True), done.err
+        assert not (place / "x.safetensors").exists()
+    assert (place / "mine.safetensors").read_bytes() == before
+
+
+def test_outputs_that_are_one_or_lie_in_each_other(place: Path) -> None:
+    (place / "real").mkdir()
+    (place / "link").symlink_to("real")
+    for pair in (
+        ["real/t.safetensors", "link/t.safetensors"],
+        ["t.safetensors", "sub/../t.safetensors"],
+        ["f/x.ckpt", "f"],
+    ):
+        assert cli("run", recipe(place, simple(["prune"], pair))).code == 2
+
+
+def test_what_a_folder_holds_besides_changes_nothing(place: Path) -> None:
+    assert cli("convert", place / "a.safetensors", place / "folder").code == 0
+    path = recipe(place, simple([{"cast": "fp32"}]) | {"inputs": {"a": "folder"}})
+    assert cli("run", path, "--lock").code == 0
+    (place / "folder" / "unet" / "extra.bin").write_text("x")
+    assert cli("run", path, "--locked", "--force").code == 0
+
+
+def test_a_config_is_locked(place: Path) -> None:
+    (place / "cfg.yaml").write_text("model: {params: {parameterization: eps}}")
+    path = recipe(place, simple(["prune"], [{"path": "out", "config": "cfg.yaml"}]))
+    if cli("run", path, "--lock").code == 0:
+        (place / "cfg.yaml").write_text("model: {params: {parameterization: v}}")
+        done = cli("run", path, "--locked", "--force")
+        assert (done.code, "config cfg.yaml" in done.err) == (3, True)
+
+
+@pytest.mark.parametrize("text", ["n=[", "n=*x", "n=@x", "n={a", "n=\t-", "n=yes", "n=1.50", "n=1e3", "n=007"])
+def test_a_setting_stands_in_a_text_as_it_was_written(place: Path, text: str) -> None:
+    path = recipe(place, simple(["prune"], ["${n}.safetensors"]) | {"variables": {"n": None}})
+    assert cli("run", path, "--set", text).code == 0
+    assert (place / f"{text[2:]}.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["1e5", "a: b", "${x}", "yes", "#1", "0x1f"])
+def test_names_that_yaml_takes_for_something_else(place: Path, name: str) -> None:
+    shutil.copy(place / "b.safetensors", place / f"{name}.safetensors")
+    words = (place / "a.safetensors", place / f"{name}.safetensors", "-o", place / "out.safetensors")
+    assert cli("merge", *words).code == 0
+    made = (place / "out.safetensors").read_bytes()
+    assert cli("recipe", "from", place / "out.safetensors", "-o", place / "again.yaml").code == 0
+    assert cli("run", place / "again.yaml", "--force").code == 0
+    assert (place / "out.safetensors").read_bytes() == made
+
+
+def test_two_files_of_one_name_are_doubted(place: Path) -> None:
+    (place / "d").mkdir()
+    shutil.copy(place / "b.safetensors", place / "d" / "a.safetensors")
+    assert cli("merge", place / "a.safetensors", place / "d" / "a.safetensors", "-o", place / "m.safetensors").code == 0
+    assert cli("recipe", "from", place / "m.safetensors").out.startswith("# 'a.safetensors' is told of several times")
+    words = ("-o", place / "m.safetensors", "--hash", "--force")
+    assert cli("merge", place / "a.safetensors", place / "d" / "a.safetensors", *words).code == 0
+    assert len(yaml.safe_load(cli("recipe", "from", place / "m.safetensors").out)["inputs"]) == 2
+
+
+def test_what_was_changed_in_place_gets_another_name(place: Path) -> None:
+    shutil.copy(place / "a.safetensors", place / "own.safetensors")
+    assert cli("cast", place / "own.safetensors", "bf16", "--in-place").code == 0
+    found = yaml.safe_load(cli("recipe", "from", place / "own.safetensors").out)
+    assert (found["inputs"], found["outputs"]) == ({"own": "own.safetensors"}, ["own.again.safetensors"])
 
 
 # ---------------------------------------------------------------- checks
@@ -364,6 +452,11 @@ FAULTS = [
     ("? [1]\n: 2", 1, "a key must be a text"),
     ("a: !!python/object:os.system x", 1, "no kind of value"),
     ("a: &x [*x]", 1, "too deep"),
+    ("a: !!int abc", 1, "none of what its tag says"),
+    ("variables: {a: '${b}', b: x}\n" + HEAD + OUT, 1, "can't refer to others"),
+    (HEAD + OUT + "steps:\n - cast: []", 6, "an empty list"),
+    (HEAD + OUT + "steps:\n - merge: {models: a, alpha: 1" + "0" * 400 + "}", 6, "too large"),
+    (HEAD + OUT + 'checks: [{parity: {report: "a\\0b"}}]', 5, "no file can be called"),
     (HEAD, 1, "'outputs' is missing"),
     (HEAD + OUT + "step: []", 5, "did you mean 'steps'"),
     (HEAD.replace("1", "2") + OUT, 1, "2 stands where 1 should"),
@@ -539,7 +632,7 @@ def test_a_recipe_of_a1111s_record(place: Path) -> None:
     ]
     found = yaml.safe_load(cli("recipe", "from", place / "theirs.safetensors", "--deep").out)
     assert set(found["inputs"]) == {"a", "b", "c", "vae"}
-    assert found["steps"][0] == {"merge": {"models": ["b"], "method": "weighted-sum", "alpha": 0.3}}
+    assert found["steps"][0]["merge"] == {"models": ["b"], "method": "weighted-sum", "alpha": 0.3}
     inputs = {name: entry if isinstance(entry, str) else entry["path"] for name, entry in found["inputs"].items()}
     assert cli("run", recipe(place, found | {"inputs": inputs, "outputs": ["again.safetensors"]})).code == 0
 
@@ -571,6 +664,35 @@ def test_a_record_that_tells_no_recipe(place: Path, told: dict[str, str]) -> Non
     done = cli("recipe", "from", place / "told.safetensors")
     assert (done.code, done.out) == (3, "")
     assert cli("inspect", place / "told.safetensors").code == 0
+
+
+@pytest.mark.parametrize("odd", [{"interp_method": ["x"]}, {"multiplier": 10**400}, {"multiplier": True}])
+def test_odd_records_tell_nothing(place: Path, odd: dict[str, Any]) -> None:
+    told = webui_recipe("Weighted sum", "a" * 64, "b" * 64, multiplier=0.5) | odd
+    known = {each * 64: {"name": f"{each}.safetensors"} for each in "ab"}
+    text = {"sd_merge_recipe": json.dumps(told), "sd_merge_models": json.dumps(known)}
+    save_file(load_file(place / "a.safetensors"), place / "told.safetensors", {"format": "pt", **text})
+    assert cli("recipe", "from", place / "told.safetensors").code == 3
+
+
+@pytest.mark.parametrize("levels", [40, 1200])
+def test_ancestors_are_told_once(place: Path, levels: int) -> None:
+    """Both parents of each are one model: without that, the steps would double with every level."""
+    known = {
+        f"{level:064x}": {
+            "name": f"{level}.safetensors",
+            "sd_merge_recipe": webui_recipe("Weighted sum", *[f"{level + 1:064x}"] * 2, multiplier=0.5),
+        }
+        for level in range(levels)
+    } | {f"{levels:064x}": {"name": "first.safetensors"}}
+    text = {
+        "sd_merge_recipe": json.dumps(known[f"{0:064x}"]["sd_merge_recipe"]),
+        "sd_merge_models": json.dumps(known),
+    }
+    save_file(load_file(place / "a.safetensors"), place / "told.safetensors", {"format": "pt", **text})
+    done = cli("recipe", "from", place / "told.safetensors", "--deep")
+    assert done.code == 0
+    assert len(yaml.safe_load(done.out)["steps"]) <= 110
 
 
 def test_a_model_that_is_its_own_ancestor(place: Path) -> None:

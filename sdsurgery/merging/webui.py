@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ..checkpoint import Checkpoint
 from ..digests import legacy_hash
+from ..wording import bare
 
 RECIPE, MODELS = "sd_merge_recipe", "sd_merge_models"
 
@@ -135,43 +136,60 @@ def retell(metadata: Mapping[str, str], teller: Teller, *, deep: bool) -> bool:
     recipe = _parsed(metadata, RECIPE)
     if recipe.get("type") != _THEIRS:
         return False
-    return _told(recipe, _parsed(metadata, MODELS), teller, deep=deep, within=()) is not None
+    return _Retelling(_parsed(metadata, MODELS), teller, deep=deep).told(recipe, 0) is not None
 
 
-def _told(
-    recipe: Mapping[str, Any], models: Mapping[str, Any], teller: Teller, *, deep: bool, within: tuple[str, ...]
-) -> str | None:
-    """The name of the result of a recipe; ``None`` if it is one that can't be told."""
-    method, amount = recipe.get("interp_method"), recipe.get("multiplier")
-    names = []
-    for place in ("primary", "secondary", "tertiary"):
-        sha256 = recipe.get(f"{place}_model_hash")
-        entry = models.get(sha256) if isinstance(sha256, str) else None
-        if not isinstance(entry, dict) or not isinstance(sha256, str):
-            break
-        own = entry.get(RECIPE)
-        inner = None
-        if deep and isinstance(own, dict) and own.get("type") == _THEIRS and sha256 not in within:
-            inner = _told(own, models, teller, deep=deep, within=(*within, sha256))
-        names.append(inner or teller.input(_bare(str(entry.get("name", ""))), sha256))
-    ours = next((name for name, theirs in _INTERPOLATIONS.items() if theirs == method), None)
-    least = {_INTERPOLATIONS["weighted-sum"]: 2, _INTERPOLATIONS["add-difference"]: 3, _NO_INTERPOLATION: 1}
-    if method not in least or len(names) < least[str(method)] or recipe.get("discard_weights"):
-        return None
-    result = names[0]
-    if ours is not None:
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not math.isfinite(amount):
+_NEEDED = {"Weighted sum": 2, "Add difference": 3, _NO_INTERPOLATION: 1}
+_DEEPEST = 100
+
+
+class _Retelling:
+    """Tells merges, each model that was merged itself once."""
+
+    def __init__(self, models: Mapping[str, Any], teller: Teller, *, deep: bool) -> None:
+        self._models, self._teller, self._deep = models, teller, deep
+        self._known: dict[str, str | None] = {}
+
+    def told(self, recipe: Mapping[str, Any], depth: int) -> str | None:
+        """The name of the result of a recipe; ``None`` if it is one that can't be told."""
+        method = recipe.get("interp_method")
+        needed = _NEEDED.get(method, 0) if isinstance(method, str) else 0
+        places = ("primary", "secondary", "tertiary")[:needed]
+        hashes = [recipe.get(f"{place}_model_hash") for place in places]
+        amount = _finite(recipe.get("multiplier"))
+        known = all(isinstance(each, str) and isinstance(self._models.get(each), dict) for each in hashes)
+        if not needed or not known or recipe.get("discard_weights") or (needed > 1 and amount is None):
             return None
-        others = [teller.named(name) for name in names[1 : least[str(method)]]]
-        result = teller.add("merge", {"models": others, "method": ours, "alpha": amount}, result)
-    vae = recipe.get("bake_in_vae")
-    if isinstance(vae, str) and vae and vae != _NO_VAE:
-        result = teller.add("merge-vae", {"vae": teller.input(_bare(vae))}, result)
-    if recipe.get("save_as_half") is True:
-        result = teller.add("cast", {"dtype": "fp16"}, result)
-    return result
+        first, *others = [self._model(str(each), depth) for each in hashes]
+        result = first
+        if others:
+            ours = next(name for name, theirs in _INTERPOLATIONS.items() if theirs == method)
+            models = [self._teller.named(name) for name in others]
+            result = self._teller.add("merge", {"models": models, "method": ours, "alpha": amount}, first)
+        vae = recipe.get("bake_in_vae")
+        if isinstance(vae, str) and vae and vae != _NO_VAE:
+            result = self._teller.add("merge-vae", {"vae": self._teller.input(bare(vae))}, result)
+        if recipe.get("save_as_half") is True:
+            result = self._teller.add("cast", {"dtype": "fp16"}, result)
+        return result
+
+    def _model(self, sha256: str, depth: int) -> str:
+        """What a model is called in the recipe: the result of its own, or an input."""
+        entry = self._models[sha256]
+        own = entry.get(RECIPE)
+        if sha256 not in self._known:
+            self._known[sha256] = None  # a model that is its own ancestor is a file
+            if self._deep and depth < _DEEPEST and isinstance(own, dict) and own.get("type") == _THEIRS:
+                made = self.told(own, depth + 1)
+                self._known[sha256] = self._teller.named(made) if made else None
+        return self._known[sha256] or self._teller.input(bare(str(entry.get("name", ""))), sha256)
 
 
-def _bare(name: str) -> str:
-    """A name without folders."""
-    return name.replace("\\", "/").rpartition("/")[2]
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None

@@ -10,13 +10,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from .. import history
 from ..checkpoint import Checkpoint, Input
 from ..containers import open as open_checkpoint
 from ..errors import UsageError
+from ..wording import bare
 
 Source = str | os.PathLike[str] | Checkpoint
 """A further checkpoint: a file's name, or one that is open."""
@@ -145,7 +146,7 @@ def _recorded(value: Any, *, files: bool) -> Any:
     if isinstance(value, Checkpoint):
         return value.origin.name if value.origin else "in memory"
     if files and isinstance(value, str | os.PathLike):
-        return PureWindowsPath(value).name  # which knows the separators of every system
+        return bare(os.fspath(value))
     return [_recorded(each, files=files) for each in value] if isinstance(value, tuple) else value
 
 

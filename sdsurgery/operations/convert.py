@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from ..checkpoint import Change, Checkpoint, Folder, Note, Step
+from ..checkpoint import AsideFile, Change, Checkpoint, Folder, Note, Step, Unread
 from ..containers.folders import is_lone
 from ..dtypes import CAST_TARGETS
 from ..errors import UsageError
@@ -229,7 +229,10 @@ class Convert(Operation):
         facts: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Checkpoint:
-        dropped = [Change(entry.name, "dropped", entry.what) for entry in checkpoint.aside]
+        dropped = [
+            (Unread if isinstance(entry, AsideFile) else Change)(entry.name, "dropped", entry.what)
+            for entry in checkpoint.aside
+        ]
         step = Step(
             self.name,
             self.parameters(),

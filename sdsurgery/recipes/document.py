@@ -143,7 +143,10 @@ class _Reader:
             return [self.value(each, (*place, number)) for number, each in enumerate(node.value)]
         if node.tag.rpartition(":")[2] not in {"str", "int", "float", "bool", "null"}:
             raise RecipeError(self.path, [(line, f"{node.tag} is no kind of value that a recipe has")])
-        return self.constructor.construct_object(node)
+        try:
+            return self.constructor.construct_object(node)
+        except (ValueError, KeyError, IndexError) as error:
+            raise RecipeError(self.path, [(line, f"{node.value!r} is none of what its tag says")]) from error
 
     def _entries(self, node: yaml.MappingNode, place: Place) -> Iterator[tuple[str, Any]]:
         seen = set()
@@ -160,12 +163,30 @@ class _Reader:
 
 def scalar(text: str) -> Any:
     """A value as it would stand in a recipe, for one that is given on a command line."""
-    node = yaml.compose(text, Loader=_Loader) if text.strip() else None
+    try:
+        node = yaml.compose(text, Loader=_Loader) if text.strip() else None
+    except (yaml.YAMLError, RecursionError):  # a text that means something else in YAML
+        return text
     plain = isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in {"int", "float", "bool"}
     return yaml.constructor.SafeConstructor().construct_object(node) if node and plain else text
 
 
-def substituted(value: Any, variables: Mapping[str, Any], place: Place, faults: list[tuple[Place, str]]) -> Any:
+class Dumper(yaml.SafeDumper):
+    """Writes texts so that they are read as texts again."""
+
+
+Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable: its value, and how it was written, which is what stands within a text."""
+
+    value: Any
+    text: str
+
+
+def substituted(value: Any, variables: Mapping[str, Variable], place: Place, faults: list[tuple[Place, str]]) -> Any:
     """A value with ``${name}`` replaced: by the variable itself where it is all of a text, by its text within one.
 
     Args:
@@ -187,11 +208,11 @@ def substituted(value: Any, variables: Mapping[str, Any], place: Place, faults: 
         if match[2] not in variables:
             faults.append((place, f"there is no variable {match[2]!r}{meant(match[2], variables)}"))
             return ""
-        return str(variables[match[2]])
+        return variables[match[2]].text
 
     alone = _REFERENCE.fullmatch(value)
     if alone and alone[2] in variables:
-        return variables[alone[2]]
+        return variables[alone[2]].value
     return _REFERENCE.sub(found, value)
 
 

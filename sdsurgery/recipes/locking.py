@@ -98,7 +98,7 @@ def read_lock(path: Path) -> Lock:
         outputs = {name: _listed(each) for name, each in found["outputs"].items()}
         lock = Lock(inputs, outputs, {str(name): str(value) for name, value in found["versions"].items()})
         known = found["schema_version"] == SCHEMA_VERSION
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptError(f"it is no lock: {error!r}", file=path, remedy="make it anew with --lock") from error
     if not known:
         message = f"its version is {found['schema_version']}, and this version reads {SCHEMA_VERSION}"

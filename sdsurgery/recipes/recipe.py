@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..operations import OPERATIONS, Convert, Operation
 from ..operations.base import Declared, names_checkpoints
 from ..outputs import Output
 from .checking import Check
-from .document import Document, Place, RecipeError, meant, read, scalar, substituted
+from .document import Document, Place, RecipeError, Variable, meant, read, scalar, substituted
 from .schema import WORDS_OF_STEP, names_file, spelled
 from .validating import validate
 
@@ -126,19 +127,25 @@ def load(path: Path, settings: Mapping[str, str] | None = None, *, folder: Path 
     return _Reader(document, filled, path.parent if folder is None else folder).recipe()
 
 
-def _variables(document: Document, settings: Mapping[str, str]) -> dict[str, Any]:
+def _variables(document: Document, settings: Mapping[str, str]) -> dict[str, Variable]:
     stated = document.content.get("variables")
     known: dict[str, Any] = dict(stated) if isinstance(stated, dict) else {}
+    texts = {name: _written(value) for name, value in known.items()}
+    nested = [name for name, text in texts.items() if "${" in text]
+    if nested:
+        lines = [(document.line(("variables", name)), f"{name!r}: variables can't refer to others") for name in nested]
+        raise RecipeError(document.path, lines)
     for name, text in settings.items():
         if name not in known:
             message = f"the recipe has no variable {name!r}{meant(name, known)}"
             raise UsageError(message, file=document.path, remedy="name one that stands under its variables")
         known[name] = text if isinstance(known[name], str) else scalar(text)
+        texts[name] = text
     unset = [name for name, value in known.items() if value is None]
     if unset:
         lines = [(document.line(("variables", name)), f"{name!r} must be set: --set {name}=VALUE") for name in unset]
         raise RecipeError(document.path, lines)
-    return known
+    return {name: Variable(value, texts[name]) for name, value in known.items()}
 
 
 @dataclass(slots=True)
@@ -231,6 +238,9 @@ class _Reader:
         except UsageError as error:
             self._refused(place, error)
             return None
+        except OverflowError:
+            self._fault(place, "a number is too large to be computed with")
+            return None
         return operation
 
     def _outputs(self, entries: Sequence[str | dict[str, Any]], last: str) -> Iterator[OutputOf]:
@@ -245,14 +255,25 @@ class _Reader:
                 Convert(output.layout, **output.options).check()
             except UsageError as error:
                 self._refused(place, error)
-            if output.path in seen:
+            real = self._real(found["path"], (*place, "path"))
+            if real in seen:
                 self._fault(place, f"{found['path']!r} is written twice")
-            seen.add(output.path)
-            if not output.is_folder and output.path.with_suffix(".yaml") == self.document.path:
+            elif any(real.is_relative_to(other) or other.is_relative_to(real) for other in seen):
+                self._fault(place, f"{found['path']!r} and another output lie in each other")
+            seen.add(real)
+            if not output.is_folder and real.with_suffix(".yaml") == self.document.path.resolve():
                 self._fault(place, "the recipe lies beside it under its name, where loaders look for a model's config")
             told = self.told.content["outputs"][number]
             name = told if isinstance(told, str) else told["path"]
             yield OutputOf(name, output, source, self.document.line(place))
+
+    def _real(self, text: str, place: Place) -> Path:
+        """Where a name leads, if it can be one."""
+        try:
+            return Path(os.path.realpath(self.folder / os.fsencode(text).decode("utf-8", "surrogateescape")))
+        except ValueError:  # a null byte, or half of a character
+            self._fault(place, f"no file can be called {text!r}")
+            return self.folder / "none"
 
     def _output(self, found: Mapping[str, Any]) -> Output:
         fields = {name.replace("-", "_"): value for name, value in found.items() if name not in {"path", "from"}}
@@ -281,6 +302,7 @@ class _Reader:
             self._fault(place, "there is only one output, and nothing to compare it with")
         parameters = dict(given[kinds[0]] or {})
         if "report" in parameters:
+            self._real(parameters["report"], (*place, kinds[0], "report"))
             parameters["report"] = self.folder / parameters["report"]
         check = Check(kinds[0], parameters, tuple(chosen), self.document.line(place))
         try:

@@ -14,6 +14,8 @@ from ..errors import UnsupportedError
 from ..merging import webui
 from ..operations import OPERATIONS
 from ..operations.base import names_checkpoints
+from ..wording import bare
+from .document import Dumper
 from .schema import VERSION, spelled
 
 
@@ -54,6 +56,7 @@ class _Teller:
         self.hashes = history.HASH_KEYS[0] in checkpoint.metadata
         self.inputs: dict[str, str | dict[str, str]] = {}
         self.steps: list[dict[str, Any]] = []
+        self.unsure: set[str] = set()
         self._current: str | None = None
 
     def input(self, name: str, sha256: str | None = None) -> str:
@@ -63,6 +66,8 @@ class _Teller:
         same = next((called for called, known in self.inputs.items() if _is_same(known, name, sha256)), None)
         stem = re.sub(r"\W+", "-", name.partition(".")[0]).strip("-") or "input"
         numbered = (f"{stem}-{number}" for number in range(2, len(self.inputs) + 3))
+        if same and not sha256:
+            self.unsure.add(name)
         called = same or next(each for each in (stem, *numbered) if each not in self.inputs)
         if same is None or sha256:
             self.inputs[called] = {"path": name, "sha256": sha256} if sha256 else name
@@ -101,7 +106,8 @@ class _Teller:
         if made and self.deep:
             return self.chain([*made, *since], _mapping(made[0].get("source")))
         sha256 = entry.get("sha256")
-        name = self.input(str(entry.get("name", "")), str(sha256) if sha256 else None)
+        known = sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
+        name = self.input(bare(str(entry.get("name", ""))), known)
         if not since:
             return name
         return self.chain(since, {key: value for key, value in entry.items() if key in {"name", "sha256"}})
@@ -133,6 +139,10 @@ class _Teller:
         """The recipe."""
         if self.steps and self.steps[0].get("from") == next(iter(self.inputs)):
             del self.steps[0]["from"]
+        taken = {each if isinstance(each, str) else each["path"] for each in self.inputs.values()}
+        if name in taken:  # it was changed in place
+            stem, dot, suffix = name.rpartition(".")
+            name = f"{stem or name}.again{dot}{suffix}" if stem else f"{name}.again"
         document = {
             "sdsurgery": VERSION,
             "title": f"How {name} was made",
@@ -141,7 +151,19 @@ class _Teller:
             "steps": [_short(step) for step in self.steps],
             "outputs": [name],
         }
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+        text: str = yaml.dump(_literal(document), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+        doubt = "is told of several times without a hash: were those different files, write an input for each"
+        doubts = [f"# {each!r} {doubt}\n" for each in sorted(self.unsure)]
+        return "".join(doubts) + text
+
+
+def _literal(value: Any) -> Any:
+    """The same with dollar signs written so that they stand for themselves."""
+    if isinstance(value, dict):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_literal(each) for each in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value
 
 
 def _is_same(known: str | Mapping[str, str], name: str, sha256: str | None) -> bool:

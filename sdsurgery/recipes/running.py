@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 from ..checkpoint import Change, Checkpoint
 from ..containers import open as open_checkpoint
 from ..digests import sha256_of
-from ..errors import MismatchError, SurgeryError, UsageError
+from ..errors import MismatchError, OutputExistsError, SurgeryError, UsageError
 from ..inspection.manifests import files_of
 from ..models import sidecar as sidecars
 from ..operations import Cast
@@ -89,6 +91,7 @@ def plan(recipe: Recipe, *, lock: Lock | None = None, force: bool = False) -> Ra
     for entry in recipe.outputs:
         with _at(recipe, entry.line, entry.name):
             made.append(_made(recipe, entry, known, force=force))
+    _spare_inputs(recipe, inputs, made)
     for each in recipe.checks:
         with _at(recipe, each.line, each.kind):
             each.refuse(force=force)
@@ -124,6 +127,45 @@ def run(recipe: Recipe, *, lock: Lock | None = None, locking: bool = False, forc
     return replace(planned, outputs=tuple(outputs), checks=checks, lock=seen, differences=wrong)
 
 
+def _spare_inputs(recipe: Recipe, inputs: Mapping[str, Checkpoint], outputs: Sequence[Made]) -> None:
+    """Refuse to write over anything that the recipe reads, whatever is forced.
+
+    Raises:
+        OutputExistsError: Names the output.
+    """
+    read = [recipe.path, *_configs(recipe), *(entry.path for entry in recipe.inputs.values())]
+    taken = {identity for path in read if (identity := _identity(path))}
+    taken |= {file.identity for checkpoint in inputs.values() for file in checkpoint.files}
+    folders = [Path(os.path.realpath(path)) for path in read if path.is_dir()]
+    for made in outputs:
+        for path in _places(made).values():
+            inside = any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders)
+            if inside or _identity(path) in taken:
+                with _at(recipe, made.entry.line, made.entry.name):
+                    raise OutputExistsError("it is one of the inputs", file=path, remedy="choose another name")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
+
+
+def _places(made: Made) -> dict[str, Path]:
+    """All that is written for an output, by what the lock calls it."""
+    name, path = made.entry.name, made.entry.output.path
+    found = {name: path} | {f"{name}::{suffix}": path.with_suffix(suffix) for suffix in made.result.companions}
+    return found | ({f"{name}::sidecar": sidecars.path_beside(path)} if made.entry.output.sidecar else {})
+
+
+def _configs(recipe: Recipe) -> list[Path]:
+    """Files that are read besides models."""
+    named = [path for step in recipe.steps for path in step.operation.configs_read]
+    stated = (entry.output.options.get("config") for entry in recipe.outputs)
+    return [*named, *(Path(path) for path in stated if path)]
+
+
 @contextmanager
 def _at(recipe: Recipe, line: int, what: str) -> Iterator[None]:
     """Have an error tell where in the recipe it happened."""
@@ -144,7 +186,7 @@ def _opened(recipe: Recipe, lock: Lock | None) -> dict[str, Checkpoint]:
             inputs[name] = found.hashed() if recipe.records_hashes else found
     if lock is None:
         return inputs
-    wrong = list(differences(lock.inputs, listed_inputs(inputs)))
+    wrong = list(differences(lock.inputs, _listed_inputs(recipe, inputs)))
     if wrong:
         remedy = "get the inputs that the lock names, or make a new lock with --lock"
         raise MismatchError("the inputs aren't those of the lock", file=recipe.path, remedy=remedy, details=wrong)
@@ -208,9 +250,11 @@ def _reading(checkpoint: Checkpoint, stored: Mapping[int, Data]) -> Checkpoint:
 def _lock(planned: Ran, outputs: list[Made]) -> Lock:
     paths: dict[str, Path] = {}
     for made in outputs:
-        name, path = made.entry.name, made.entry.output.path
-        paths[name] = path
-        paths |= {f"{name} {suffix}": path.with_suffix(suffix) for suffix in made.result.companions}
-        if made.entry.output.sidecar:
-            paths[f"{name} sidecar"] = sidecars.path_beside(path)
-    return Lock(listed_inputs(planned.inputs), listed_outputs(paths), versions())
+        paths |= _places(made)
+    return Lock(_listed_inputs(planned.recipe, planned.inputs), listed_outputs(paths), versions())
+
+
+def _listed_inputs(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> dict[str, Listed]:
+    """The hashes of models and of configs."""
+    configs = {f"config {path.name}": path for path in _configs(recipe) if path.exists()}
+    return listed_inputs(inputs) | listed_outputs(configs)

@@ -73,7 +73,7 @@ def _told(error: ValidationError, document: Document) -> Iterator[tuple[int, str
     elif error.validator == "required":
         missing = [key for key in wanted if key not in value]
         yield document.line(place), f"{name}{missing[0]!r} is missing"
-    elif error.validator == "enum" and value in OPERATIONS and place[0] == "steps":
+    elif error.validator == "enum" and isinstance(value, str) and value in OPERATIONS and place[0] == "steps":
         yield document.line(place), f"{value} needs parameters: write {value}: and what they are"
     elif error.validator == "enum" and isinstance(value, str):
         yield document.line(place), f"{name}{value!r} isn't known here{meant(value, list(wanted))}"
