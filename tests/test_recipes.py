@@ -274,10 +274,13 @@ def test_what_a_folder_holds_besides_changes_nothing(place: Path) -> None:
 def test_a_config_is_locked(place: Path) -> None:
     (place / "cfg.yaml").write_text("model: {params: {parameterization: eps}}")
     path = recipe(place, simple(["prune"], [{"path": "out", "config": "cfg.yaml"}]))
-    if cli("run", path, "--lock").code == 0:
-        (place / "cfg.yaml").write_text("model: {params: {parameterization: v}}")
-        done = cli("run", path, "--locked", "--force")
-        assert (done.code, "config cfg.yaml" in done.err) == (3, True)
+    done = cli("run", path, "--lock")
+    assert done.code == 0, done.err
+    (place / "cfg.yaml").write_text("model: {params: {parameterization: v}}")
+    made = (place / "out" / "scheduler" / "scheduler_config.json").read_bytes()
+    done = cli("run", path, "--locked", "--force")
+    assert (done.code, "config 1: cfg.yaml" in done.err) == (3, True)
+    assert (place / "out" / "scheduler" / "scheduler_config.json").read_bytes() == made
 
 
 @pytest.mark.parametrize("text", ["n=[", "n=*x", "n=@x", "n={a", "n=\t-", "n=yes", "n=1.50", "n=1e3", "n=007"])

@@ -24,7 +24,7 @@ TYPES = frozenset({"F16", "BF16", "F32"})
 """What it computes with."""
 
 _ELEMENTS = 1 << 17
-"""Of a piece of each tensor: a quarter of a megabyte in fp32."""
+"""Of a piece of each tensor: half a megabyte in fp32."""
 
 _MAGNITUDE, _EXPONENT = np.uint32((1 << 31) - 1), np.uint32(0xFF << 23)
 _INFINITE_HALF = 0x7C00

@@ -122,20 +122,25 @@ def versions() -> dict[str, str]:
     return found
 
 
-def listed_inputs(inputs: Mapping[str, Checkpoint]) -> dict[str, Listed]:
-    """The hashes of what models are read from."""
-    files = {}
-    for name, checkpoint in inputs.items():
-        alone = checkpoint.origin is not None and checkpoint.origin.file is not None
-        files[name] = {ALONE if alone else each: data for each, data in files_of(checkpoint)}
-    names = {name: each.origin.name if each.origin else name for name, each in inputs.items()}
-    return _hashed(files, names)
+def listed_models(models: Mapping[str, Checkpoint]) -> dict[str, Listed]:
+    """The hashes of what models are read from; a single file's isn't computed again where it was already."""
+    files: dict[str, dict[str, Data]] = {}
+    known: dict[str, Listed] = {}
+    names = {name: model.origin.name if model.origin else name for name, model in models.items()}
+    for name, model in models.items():
+        file = model.origin.file if model.origin else None
+        if file and model.origin and model.origin.computed_sha256:
+            known[name] = Listed(names[name], {ALONE: Digest(file.size, model.origin.computed_sha256)})
+        else:
+            files[name] = {ALONE if file else each: data for each, data in files_of(model)}
+    found = _hashed(files, names) | known
+    return {name: found[name] for name in models}
 
 
-def listed_outputs(outputs: Mapping[str, Path]) -> dict[str, Listed]:
-    """The hashes of all that was written, by what the recipe calls it."""
-    files = {name: dict(_files_in(path)) for name, path in outputs.items()}
-    return _hashed(files, {name: path.name for name, path in outputs.items()})
+def listed_paths(paths: Mapping[str, Path]) -> dict[str, Listed]:
+    """The hashes of files, and of all that lies in folders, by what the recipe calls them."""
+    files = {name: dict(_files_in(path)) for name, path in paths.items()}
+    return _hashed(files, {name: path.name for name, path in paths.items()})
 
 
 def _files_in(path: Path) -> Iterator[tuple[str, Data]]:

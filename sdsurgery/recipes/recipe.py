@@ -191,6 +191,7 @@ class _Reader:
         found = {"path": entry} if isinstance(entry, str) else entry
         sha256 = found.get("sha256")
         line = self.document.line(("inputs", name))
+        self._real(found["path"], ("inputs", name, "path"))
         return InputFile(name, self.folder / found["path"], sha256, found.get("variant"), line)
 
     def _name(self, name: str, place: Place) -> str:
@@ -270,8 +271,9 @@ class _Reader:
     def _real(self, text: str, place: Place) -> Path:
         """Where a name leads, if it can be one."""
         try:
-            return Path(os.path.realpath(self.folder / os.fsencode(text).decode("utf-8", "surrogateescape")))
-        except ValueError:  # a null byte, or half of a character
+            os.fsencode(text)
+            return Path(os.path.realpath(self.folder / text))
+        except ValueError:  # half of a character, or a null byte
             self._fault(place, f"no file can be called {text!r}")
             return self.folder / "none"
 

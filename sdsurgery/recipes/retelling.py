@@ -35,7 +35,7 @@ def recipe_from(checkpoint: Checkpoint, *, deep: bool = False) -> str:
     teller = _Teller(checkpoint, deep=deep)
     steps = history.recorded(checkpoint.metadata)
     if steps:
-        teller.chain(steps, _mapping(steps[0].get("source")))
+        teller.chain(steps, teller.file(_mapping(steps[0].get("source"))))
     elif not webui.retell(checkpoint.metadata, teller, deep=deep):
         message = "its metadata record nothing that was done to it"
         raise UnsupportedError(message, file=checkpoint.path, remedy="ask whoever published it for a recipe")
@@ -89,9 +89,8 @@ class _Teller:
         step = self.steps[int(result[1:-1]) - 1]
         return str(step.setdefault("as", f"made-{result[1:-1]}"))
 
-    def chain(self, steps: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> str:
-        """Steps one after another, from a file on; the name of the last one's result."""
-        current = self.file(source)
+    def chain(self, steps: Sequence[Mapping[str, Any]], current: str) -> str:
+        """Steps one after another, from an input or a result on; the name of the last one's result."""
         for step in steps:
             name = str(step.get("operation"))
             if name not in OPERATIONS:
@@ -104,13 +103,10 @@ class _Teller:
         """A file of a record, with what was done to it since."""
         made, since = _steps(entry.get("made")), _steps(entry.get("steps"))
         if made and self.deep:
-            return self.chain([*made, *since], _mapping(made[0].get("source")))
+            return self.chain([*made, *since], self.file(_mapping(made[0].get("source"))))
         sha256 = entry.get("sha256")
         known = sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
-        name = self.input(bare(str(entry.get("name", ""))), known)
-        if not since:
-            return name
-        return self.chain(since, {key: value for key, value in entry.items() if key in {"name", "sha256"}})
+        return self.chain(since, self.input(bare(str(entry.get("name", ""))), known))
 
     def _parameters(self, name: str, step: Mapping[str, Any]) -> dict[str, Any]:
         recorded = _mapping(step.get("parameters"))

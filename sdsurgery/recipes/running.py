@@ -18,7 +18,7 @@ from ..models import sidecar as sidecars
 from ..operations import Cast
 from ..sources import Computed, Data
 from .checking import Outcome, check
-from .locking import Listed, Lock, differences, listed_inputs, listed_outputs, versions
+from .locking import Listed, Lock, differences, listed_models, listed_paths, versions
 from .recipe import InputFile, OutputOf, Recipe
 
 
@@ -112,16 +112,18 @@ def run(recipe: Recipe, *, lock: Lock | None = None, locking: bool = False, forc
         SurgeryError: What opening, the operations and writing raise.
     """
     planned = plan(recipe, lock=lock, force=force)
-    known = dict(planned.results)
-    outputs = []
-    for entry in recipe.outputs:
+    known = planned.results
+    outputs: list[Made] = []
+    for each in planned.outputs:
+        entry = each.entry
         with _at(recipe, entry.line, entry.name):
-            made = _made(recipe, entry, known, force=force)
+            stored = known[entry.source] is not each.original
+            made = _made(recipe, entry, known, force=force) if stored else each
             nbytes = entry.output.write(made.original, made.result, force=force, hashes=recipe.records_hashes)
         outputs.append(replace(made, nbytes=nbytes))
         if entry is not recipe.outputs[-1]:
             known = _with_what_is_written(known, made)
-    seen = _lock(planned, outputs) if locking or lock else None
+    seen = _lock(planned, outputs, lock) if locking or lock else None
     wrong = tuple(differences(lock.outputs, seen.outputs)) if lock and seen else ()
     checks = tuple(check(each, force=force) for each in recipe.checks)
     return replace(planned, outputs=tuple(outputs), checks=checks, lock=seen, differences=wrong)
@@ -224,11 +226,11 @@ def _made(recipe: Recipe, entry: OutputOf, known: Mapping[str, Checkpoint], *, f
     return Made(entry, original, result, output.losses(original, result, force=force, hashes=recipe.records_hashes))
 
 
-def _with_what_is_written(known: Mapping[str, Checkpoint], made: Made) -> dict[str, Checkpoint]:
+def _with_what_is_written(known: Mapping[str, Checkpoint], made: Made) -> Mapping[str, Checkpoint]:
     """All results, with what they had to compute read from a file that holds it now."""
     computed = {key: tensor for key, tensor in made.result.items() if isinstance(tensor.data, Computed)}
     if not computed:
-        return dict(known)
+        return known
     output = made.entry.output
     written = open_checkpoint(output.path, output.variant if output.is_folder else None)
     stored: dict[int, Data] = {}
@@ -240,6 +242,9 @@ def _with_what_is_written(known: Mapping[str, Checkpoint], made: Made) -> dict[s
 
 
 def _reading(checkpoint: Checkpoint, stored: Mapping[int, Data]) -> Checkpoint:
+    """The checkpoint with what is stored read from there; the very same if it has none of that."""
+    if not any(id(tensor.data) in stored for tensor in checkpoint.values()):
+        return checkpoint
     tensors = {
         key: replace(tensor, data=stored[id(tensor.data)]) if id(tensor.data) in stored else tensor
         for key, tensor in checkpoint.items()
@@ -247,14 +252,16 @@ def _reading(checkpoint: Checkpoint, stored: Mapping[int, Data]) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def _lock(planned: Ran, outputs: list[Made]) -> Lock:
+def _lock(planned: Ran, outputs: Sequence[Made], known: Lock | None) -> Lock:
+    """The hashes of all; the inputs are those of a lock that they were held against."""
     paths: dict[str, Path] = {}
     for made in outputs:
         paths |= _places(made)
-    return Lock(_listed_inputs(planned.recipe, planned.inputs), listed_outputs(paths), versions())
+    inputs = known.inputs if known else _listed_inputs(planned.recipe, planned.inputs)
+    return Lock(inputs, listed_paths(paths), versions())
 
 
 def _listed_inputs(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> dict[str, Listed]:
     """The hashes of models and of configs."""
-    configs = {f"config {path.name}": path for path in _configs(recipe) if path.exists()}
-    return listed_inputs(inputs) | listed_outputs(configs)
+    configs = {f"config {number}: {path.name}": path for number, path in enumerate(_configs(recipe), 1)}
+    return listed_models(inputs) | listed_paths(configs)

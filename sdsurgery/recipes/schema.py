@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import types
 from collections.abc import Iterator
+from dataclasses import MISSING
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ..dtypes import CAST_TARGETS
@@ -218,8 +219,6 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _is_required(declared: Declared) -> bool:
-    from dataclasses import MISSING
-
     return declared.field.default is MISSING
 
 

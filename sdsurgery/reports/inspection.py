@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..inspection import ComponentReport, Inspection
 from ..inspection.hashes import FileHashes
+from ..wording import listed
 from .making import making
 from .terminal import human_bytes, printable
 
@@ -60,9 +61,9 @@ def show(
 
 def _columns(console: Console, rows: Iterable[tuple[str, ...]]) -> None:
     """Rows as lines that are never cut or broken, however narrow the terminal: people copy and grep them."""
-    listed = list(rows)
-    widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
-    for row in listed:
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
         console.print(Text("  ".join(cells).rstrip()))
 
@@ -108,14 +109,12 @@ def _faults(console: Console, found: Inspection) -> None:
             continue
         for what, keys in (("missing", report.missing), ("unexpected", report.unexpected)):
             if keys:
-                more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-                console.print(Text(printable(f"{name}, {what}: {', '.join(keys[:_SHOWN])}{more}")))
+                console.print(Text(printable(f"{name}, {what}: {listed(keys, _SHOWN)}")))
         for key, shape in list(report.misshapen.items())[:_SHOWN]:
             console.print(Text(printable(f"{name}, misshapen: {key} should be {list(shape)}")))
     if found.aside:
-        listed = ", ".join(f"{entry.name} ({entry.what})" for entry in found.aside[:_SHOWN])
-        more = f" and {len(found.aside) - _SHOWN} more" if len(found.aside) > _SHOWN else ""
-        console.print(Text(printable(f"not tensors: {listed}{more}")))
+        entries = listed((f"{entry.name} ({entry.what})" for entry in found.aside), _SHOWN)
+        console.print(Text(printable(f"not tensors: {entries}")))
 
 
 def _position_ids(found: Inspection) -> Text:
@@ -125,8 +124,8 @@ def _position_ids(found: Inspection) -> Text:
     if ids.dtype and not sound:
         text.append(f" ({ids.dtype})")
     if ids.wrong:
-        listed = ", ".join(map(str, ids.wrong[:_SHOWN])) + (", …" if len(ids.wrong) > _SHOWN else "")
-        text.append(f", {len(ids.wrong)} wrong once truncated: {listed}")
+        wrong = ", ".join(map(str, ids.wrong[:_SHOWN])) + (", …" if len(ids.wrong) > _SHOWN else "")
+        text.append(f", {len(ids.wrong)} wrong once truncated: {wrong}")
     if not sound:
         text.append("; mend with: sdsurgery fix-clip")
     return text

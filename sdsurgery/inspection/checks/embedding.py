@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from ...checkpoint import Tensor
 from ...models.embeddings import WIDTHS
 from ...values import Values, readable
+from ...wording import listed
 from ..findings import Finding
 from .subject import Subject
 
@@ -61,8 +62,7 @@ def values(subject: Subject, found: Mapping[str, Values]) -> Iterator[Finding]:
                 yield from subject.finding(rule, message, key=key, seen=str(count), remedy=_ELSEWHERE)
         zeros = _zeros(subject.checkpoint[key])
         if zeros:
-            listed = ", ".join(map(str, zeros[:8])) + (" …" if len(zeros) > 8 else "")
-            message = f"{len(zeros)} of the vectors of {key} are all zero: {listed}"
+            message = f"{len(zeros)} of the vectors of {key} are all zero: {listed(zeros, 8)}"
             yield from subject.finding("embedding-zero", message, key=key, seen=str(len(zeros)), remedy=_ELSEWHERE)
 
 
