@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import history
@@ -91,15 +91,19 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     """Describe a checkpoint; reads nothing but headers and the few bytes of the position ids."""
     model = identify(checkpoint)
     origin = checkpoint.origin
+    told = _adapter(checkpoint) if model.layout == "unknown" else []
+    components = {name: _report(checkpoint, found, model.wrapper) for name, found in model.components.items()}
+    if told and "other" in components:  # what is known to be something else isn't unexpected
+        components["other"] = replace(components["other"], unexpected=())
     return Inspection(
         path=str(origin.path) if origin else "",
         container=origin.container if origin else "memory",
         layout=model.layout,
         family=model.family,
-        evidence=(*model.evidence, *(_adapter(checkpoint) if model.layout == "unknown" else ())),
+        evidence=(*model.evidence, *told),
         file_bytes=sum(file.size for file in checkpoint.files),
         tensors=checkpoint.tensors,
-        components={name: _report(checkpoint, found, model.wrapper) for name, found in model.components.items()},
+        components=components,
         position_ids=diagnose(checkpoint, model),
         metadata=checkpoint.metadata,
         history=history.recorded(checkpoint.metadata) + [history.describe(step) for step in checkpoint.steps],
