@@ -56,6 +56,11 @@ class DType:
             raise ValueError(f"{self.name} elements are smaller than a byte")
         return self.bits // 8
 
+    @property
+    def computable(self) -> bool:
+        """Whether torch has it, element by element."""
+        return self.torch is not None and not self.bits % 8
+
     def to_numpy(self) -> np.dtype[Any]:
         """The NumPy dtype, with ``ml_dtypes`` for the types NumPy lacks.
 

@@ -222,7 +222,7 @@ def test_the_file_is_a_lora_for_others_and_the_same_each_time(tmp_path: Path) ->
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.resolution": "1024x1024",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": "tuned.safetensors since base.safetensors",
+        "modelspec.title": "tuned since base",
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_alpha": "2",
         "ss_network_dim": "2",

@@ -283,6 +283,14 @@ def test_a_config_is_locked(place: Path) -> None:
     assert (place / "out" / "scheduler" / "scheduler_config.json").read_bytes() == made
 
 
+def test_a_config_beside_an_input_is_locked(place: Path) -> None:
+    path = recipe(place, simple(["prune"], ["out"]))
+    assert cli("run", path, "--lock").code == 0
+    (place / "a.yaml").write_text("model: {params: {parameterization: v}}")
+    done = cli("run", path, "--locked", "--force")
+    assert (done.code, "config of a" in done.err) == (3, True)
+
+
 @pytest.mark.parametrize("text", ["n=[", "n=*x", "n=@x", "n={a", "n=\t-", "n=yes", "n=1.50", "n=1e3", "n=007"])
 def test_a_setting_stands_in_a_text_as_it_was_written(place: Path, text: str) -> None:
     path = recipe(place, simple(["prune"], ["${n}.safetensors"]) | {"variables": {"n": None}})

@@ -171,7 +171,7 @@ def _patch(
     spot = module.spots.get(parameter)
     if spot is None:
         return f"the model's {module.component} lacks the {parameter} of {module.name}"
-    odd = next((tensor.dtype for tensor in group.tensors.values() if not _computable(tensor)), None)
+    odd = next((tensor.dtype for tensor in group.tensors.values() if not tensor.dtype.computable), None)
     if odd is not None:
         return f"elements of type {odd} can't be computed with"
     kind = "diff" if group.kind in _PARAMETERS else str(group.kind)
@@ -185,10 +185,6 @@ def _patch(
     scale = adapter.scale(group, module.component, module.name)
     patch = Patch(adapter, next(iter(group.keys.values())), spot, kind, matrices, scale, columns)
     return _with_magnitude(patch, group, rows) if group.tensors.keys() & {"dora_scale", "magnitude"} else patch
-
-
-def _computable(tensor: Tensor) -> bool:
-    return tensor.dtype.torch is not None and tensor.dtype.bits % 8 == 0
 
 
 def _for_fewer_channels(module: Module, spot: Spot, columns: int) -> bool:

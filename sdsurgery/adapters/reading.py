@@ -5,6 +5,7 @@ Only headers and the alphas, one number each, are read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -290,11 +291,18 @@ def _configured(config: Mapping[str, Any], rank: int | None, module: str, checkp
         rank = config.get("r") if told is None else told
     if alpha is None or rank is None:
         return 1.0
-    numbers = isinstance(alpha, int | float) and isinstance(rank, int | float)
-    if not numbers or not math.isfinite(alpha) or not rank > 0:
+    given = tuple(map(_number, (alpha, rank)))
+    if not all(map(math.isfinite, given)) or not given[1] > 0:
         message = f"its config has the alpha {alpha!r} and the rank {rank!r}"
         raise UnsupportedError(message, file=checkpoint.path, remedy="name one whose config has numbers")
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return given[0] / (math.sqrt(given[1]) if config.get("use_rslora") else given[1])
+
+
+def _number(value: Any) -> float:
+    """A number of a config; NaN for whatever else stands there, and for what is beyond all floats."""
+    with contextlib.suppress(OverflowError):
+        return float(value) if isinstance(value, int | float) else math.nan
+    return math.nan
 
 
 def _pattern(config: Mapping[str, Any], name: str, module: str, checkpoint: Checkpoint) -> Any:

@@ -129,7 +129,7 @@ class Matching:
     def _job(self, place: Place, tensors: tuple[Tensor, ...]) -> Job:
         first = tensors[0]
         for checkpoint, tensor in zip((self.checkpoint, *self.others), tensors, strict=True):
-            if tensor.dtype.torch is None or tensor.dtype.bits % 8:
+            if not tensor.dtype.computable:
                 raise UnsupportedError(
                     f"elements of type {tensor.dtype} can't be computed with", file=checkpoint.path, key=place.key,
                     remedy="cast the model first: sdsurgery cast",

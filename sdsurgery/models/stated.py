@@ -154,7 +154,7 @@ def stated_about(checkpoint: Checkpoint, model: Model, config: str | os.PathLike
         found.check(model)
     except InputError as error:
         found = Stated(ignored=(f"what its metadata record of a conversion was not used: {error.message}",))
-    beside = _beside(checkpoint)
+    beside = config_beside(checkpoint)
     if beside is not None:
         try:
             found = _read_fitting(beside, checkpoint, model).over(found)
@@ -178,7 +178,7 @@ def _read_fitting(path: Path, checkpoint: Checkpoint, model: Model) -> Stated:
     return told
 
 
-def _beside(checkpoint: Checkpoint) -> Path | None:
+def config_beside(checkpoint: Checkpoint) -> Path | None:
     """The config beside a file: the webui's ``.yaml`` of the same name, or that of a diffusers component."""
     path = checkpoint.path
     if path is None or checkpoint.folder is not None:

@@ -195,7 +195,7 @@ class _Run:
         return {plan.key: plan.result for plan in plans}
 
     def _target(self, key: str, tensor: Tensor) -> DType:
-        if tensor.dtype.kind != "float" or tensor.dtype.torch is None or tensor.dtype.bits % 8:
+        if tensor.dtype.kind != "float" or not tensor.dtype.computable:
             raise UnsupportedError(
                 f"elements of type {tensor.dtype} can't be computed with", file=self.checkpoint.path, key=key,
                 remedy="cast the model first: sdsurgery cast",

@@ -188,7 +188,7 @@ class _Run:
                 message = f"{tuned.key} is {list(tuned.tensor.shape)} in the first model, and {there}"
                 raise MismatchError(message, file=self.base.path, key=tuned.key, remedy="name models of one family")
             for file, tensor in ((self.checkpoint, tuned.tensor), (self.base, base.tensor)):
-                if tensor.dtype.kind != "float" or tensor.dtype.torch is None or tensor.dtype.bits % 8:
+                if tensor.dtype.kind != "float" or not tensor.dtype.computable:
                     message = f"elements of type {tensor.dtype} can't be computed with"
                     remedy = "cast the model first: sdsurgery cast"
                     raise UnsupportedError(message, file=file.path, key=tuned.key, remedy=remedy)
@@ -272,7 +272,7 @@ class _Run:
         fields = modelspec.required(self.checkpoint, self.model)
         if fields:
             fields |= {"sai_model_spec": modelspec.VERSION, "architecture": f"{fields['architecture']}/lora"}
-            fields["title"] = f"{called(self.checkpoint)} since {called(self.base)}"
+            fields["title"] = f"{modelspec.title_of(self.checkpoint)} since {modelspec.title_of(self.base)}"
         found |= {modelspec.PREFIX + name: value for name, value in fields.items()}
         return {"format": "pt", **found}
 

@@ -15,6 +15,7 @@ from ..digests import sha256_of
 from ..errors import MismatchError, OutputExistsError, SurgeryError, UsageError
 from ..inspection.manifests import files_of
 from ..models import sidecar as sidecars
+from ..models.stated import config_beside
 from ..operations import Cast
 from ..sources import Computed, Data
 from .checking import Outcome, check
@@ -135,7 +136,7 @@ def _spare_inputs(recipe: Recipe, inputs: Mapping[str, Checkpoint], outputs: Seq
     Raises:
         OutputExistsError: Names the output.
     """
-    read = [recipe.path, *_configs(recipe), *(entry.path for entry in recipe.inputs.values())]
+    read = [recipe.path, *_configs(recipe, inputs).values(), *(entry.path for entry in recipe.inputs.values())]
     taken = {identity for path in read if (identity := _identity(path))}
     taken |= {file.identity for checkpoint in inputs.values() for file in checkpoint.files}
     folders = [Path(os.path.realpath(path)) for path in read if path.is_dir()]
@@ -161,11 +162,12 @@ def _places(made: Made) -> dict[str, Path]:
     return found | ({f"{name}::sidecar": sidecars.path_beside(path)} if made.entry.output.sidecar else {})
 
 
-def _configs(recipe: Recipe) -> list[Path]:
-    """Files that are read besides models."""
+def _configs(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> dict[str, Path]:
+    """Files that are read besides models: those that are named, and those that lie beside an input for its config."""
     named = [path for step in recipe.steps for path in step.operation.configs_read]
-    stated = (entry.output.options.get("config") for entry in recipe.outputs)
-    return [*named, *(Path(path) for path in stated if path)]
+    named += [Path(path) for entry in recipe.outputs if (path := entry.output.options.get("config"))]
+    beside = {f"config of {name}": path for name, model in inputs.items() if (path := config_beside(model))}
+    return {f"config {number}: {path.name}": path for number, path in enumerate(named, 1)} | beside
 
 
 @contextmanager
@@ -263,5 +265,4 @@ def _lock(planned: Ran, outputs: Sequence[Made], known: Lock | None) -> Lock:
 
 def _listed_inputs(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> dict[str, Listed]:
     """The hashes of models and of configs."""
-    configs = {f"config {number}: {path.name}": path for number, path in enumerate(_configs(recipe), 1)}
-    return listed_models(inputs) | listed_paths(configs)
+    return listed_models(inputs) | listed_paths(_configs(recipe, inputs))
